@@ -1,0 +1,1 @@
+"""The decisions: a pure state machine, without I/O, clock, randomness or asyncio."""

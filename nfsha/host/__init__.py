@@ -1,0 +1,1 @@
+"""This machine: the journal, the event log, systemd, scheduling, the control socket."""
