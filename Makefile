@@ -1,0 +1,72 @@
+# Everything that a newcomer, a developer or CI does with this tree. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON := .venv/bin/python
+SEEDS ?= 200
+NODE ?= a
+# Folders that exist by now.
+CODE := $(wildcard nfsha tests bench scripts/*.py)
+TESTS := $(wildcard tests/unit tests/sim tests/netns)
+
+# A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
+PYTEST := timeout --foreground --signal=INT --kill-after=60 1440 $(PYTHON) -m pytest --session-timeout=1380
+
+.PHONY: help setup venv demo test test-all test-versions check format sim bench-failover \
+	lab-up lab-shell lab-down lock docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing on a Debian 12 machine (root; done by itself before all that needs it)
+	@scripts/setup.sh machine
+
+venv:
+	@scripts/setup.sh venv
+
+demo: setup ## two storage servers in a box: kill one, watch the other take over (root; 90 s)
+	@$(PYTHON) -m tests.netns.demo
+
+test: setup ## all tests but the slow ones (root; at most 25 minutes)
+	@$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: setup ## all tests, however long they take (root)
+	@$(PYTHON) -m pytest $(TESTS)
+
+test-versions: setup ## unit tests and a short simulation on each other Python that is here
+	@scripts/test-versions.sh
+
+check: venv ## format, lint, types, import rules
+	@.venv/bin/ruff format --check $(CODE)
+	@.venv/bin/ruff check $(CODE)
+	@.venv/bin/mypy $(CODE)
+	@.venv/bin/lint-imports --no-logo
+
+format: venv ## format the code and sort its imports
+	@.venv/bin/ruff check --select I --fix --quiet $(CODE)
+	@.venv/bin/ruff format $(CODE)
+
+sim: venv ## simulate: make sim SEEDS=2000 (both cores)
+	@$(PYTHON) -m tests.sim --seeds $(SEEDS)
+
+bench-failover: setup ## outage and overlap, side by side with keepalived (root; long)
+	@$(PYTHON) -m bench.failover
+
+lab-up: setup ## build the lab and leave it up (root)
+	@$(PYTHON) -m tests.netns.lab up
+
+lab-shell: setup ## a shell on one of its machines: make lab-shell NODE=a
+	@$(PYTHON) -m tests.netns.lab shell $(NODE)
+
+lab-down: setup ## take the lab down
+	@$(PYTHON) -m tests.netns.lab down
+
+lock: venv ## make requirements/*.lock anew from pyproject.toml (UPGRADE=1: newer versions)
+	@UPGRADE=$(UPGRADE) scripts/lock.sh
+
+docs: venv ## write the generated pages of docs/ anew
+	@$(PYTHON) -m nfsha.config > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+
+clean: ## remove what checks, tests and set-up left in this tree (not the Debian packages)
+	rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage nfsha.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
