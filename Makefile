@@ -64,8 +64,8 @@ lab-down: setup ## take the lab down
 lock: venv ## make requirements/*.lock anew from pyproject.toml (UPGRADE=1: newer versions)
 	@UPGRADE=$(UPGRADE) scripts/lock.sh
 
-docs: venv ## write the generated pages of docs/ anew
-	@$(PYTHON) -m nfsha.config > docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+docs: venv ## write anew what is generated in docs/ and etc/
+	@$(PYTHON) scripts/render_configuration.py
 
 clean: ## remove what checks, tests and set-up left in this tree (not the Debian packages)
 	rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage nfsha.egg-info

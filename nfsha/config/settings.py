@@ -1,0 +1,146 @@
+"""The settings that the rest of nfsha sees: plain frozen values. Nothing here reads or checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from nfsha.core.model import Role, Timings
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+
+SINGLE_LINK_WITNESS: Final = "single-link-witness"
+"""The accepted risk of a pair whose heartbeat links can all be cut by one fault."""
+
+KNOWN_RISKS: Final = (SINGLE_LINK_WITNESS,)
+
+PROFILES: Final[Mapping[str, Timings]] = MappingProxyType(
+    {
+        "default": Timings(),
+        "fast": Timings(interval_ms=50, hold_ms=300, takeover_after_ms=450, margin_ms=50),
+    }
+)
+"""Shipped sets of timings; keys of [timing] that are given override the profile's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One heartbeat link: UDP between `local` and `peer` on the same `port` of both nodes."""
+
+    name: str
+    local: IPAddress
+    peer: IPAddress
+    port: int
+    interface: str | None
+    """Sends and listens on this interface only; None leaves it to the routing table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """Who shows that this node is not cut off; each is asked by ARP (or ND) and by ICMP."""
+
+    gateway: bool
+    """The gateway of the default route is one."""
+    hosts: tuple[IPAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Nfs:
+    """The NFS service that the address leads to, and how its health is checked."""
+
+    root: Path
+    mounts: tuple[Path, ...]
+    """Mount points that must be mounted before this node serves."""
+    nfs_port: int
+    mountd_port: int
+    check_address: IPAddress
+    check_every_ms: int
+    check_timeout_ms: int
+    check_mountd: bool
+    version4: str
+    """`refuse`: a server that speaks v4 does not serve; `warn`: it does, with an alarm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Firewall:
+    """What closes the NFS ports while this node may not serve."""
+
+    backend: str
+    ports: Mapping[str, int]
+    """Port of each service, TCP and UDP alike: rpcbind, nfs, mountd, statd, lockd."""
+
+    @property
+    def service_lease(self) -> bool:
+        """The kernel closes the ports by itself, by a timeout: only nftables can."""
+        return self.backend == "nftables"
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """What the operator decided beforehand about serving without the peer."""
+
+    start_alone_after_ms: int | None
+    """A booting node that hears nobody serves after this time; None: never."""
+    accept: tuple[str, ...]
+    """Risks accepted by name, of `KNOWN_RISKS`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """How the daemon asks the kernel to be run."""
+
+    realtime: bool
+    lock_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What goes to the log."""
+
+    level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the daemon keeps its own files."""
+
+    state: Path
+    runtime: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One node's whole configuration, checked: every value in range, all relations hold."""
+
+    role: Role
+    name: str
+    interface: str
+    vips: tuple[IPAddress, ...]
+    links: tuple[Link, ...]
+    witness: Witness
+    profile: str
+    timing: Timings
+    nfs: Nfs
+    firewall: Firewall
+    replication: str
+    takeover: Takeover
+    scheduling: Scheduling
+    log: Log
+    paths: Paths
+    control_group: str
+
+    @property
+    def disjoint_links(self) -> bool:
+        """Two heartbeat links share neither an address nor (as far as given) an interface."""
+        return any(
+            one.local != two.local
+            and one.peer != two.peer
+            and (one.interface is None or one.interface != two.interface)
+            for one in self.links
+            for two in self.links
+        )
