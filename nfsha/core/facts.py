@@ -1,0 +1,278 @@
+"""Takes in what happened: each input changes facts of the state, and nothing else.
+
+What follows from the facts is decided afterwards, once, by the table.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+from nfsha.core import lease, model
+from nfsha.core.model import (
+    HANDOVER_PHASES,
+    MAX_PENDING,
+    NEVER_MS,
+    Datagram,
+    Echo,
+    Phase,
+    PromiseState,
+)
+from nfsha.core.state import State, SurveyResult
+
+
+@singledispatch
+def absorb(what: object, state: State, now_ms: int) -> None:
+    """Changes the facts by one input. Raises TypeError for an input that has no rule."""
+    raise TypeError(f"no rule for input {type(what).__name__}")
+
+
+# --------------------------------------------------------------------------- the peer
+
+
+@absorb.register
+def _(what: model.Heard, state: State, now_ms: int) -> None:
+    datagram = what.datagram
+    if datagram.role is not state.me.other:
+        state.count("datagram_wrong_role")
+        return
+    echo = _echo_of_ours(state, datagram)
+    if echo is not None and echo.seq > state.seq:
+        state.count("datagram_impossible_echo")
+        return
+    if not _counts(state, datagram, echo) or echo is None:
+        return
+    _take_report(state, datagram, echo, now_ms)
+    _take_evidence(state, datagram, echo)
+    _take_promises(state, datagram, echo)
+
+
+def _echo_of_ours(state: State, datagram: Datagram) -> Echo | None:
+    if datagram.echo is not None and datagram.echo.session == state.session:
+        return datagram.echo
+    for echo in datagram.pending:
+        if echo.session == state.session:
+            return echo
+    return None
+
+
+def _counts(state: State, datagram: Datagram, echo: Echo | None) -> bool:
+    """Does this datagram say anything? Only if it echoes this very session (I10)."""
+    if datagram.session == state.peer_session:
+        if datagram.seq <= state.peer_seq:
+            state.count("datagram_repeated")
+            return False
+        if echo is None:
+            state.count("datagram_unechoed")
+        return echo is not None
+    if echo is None or echo.seq <= state.echoed_high:
+        _remember_pending(state, datagram)
+        return False
+    state.peer_session = datagram.session
+    state.peer_seq = 0
+    state.pending = tuple(kept for kept in state.pending if kept.session != datagram.session)
+    state.send_soon = True
+    state.count("peer_sessions")
+    return True
+
+
+def _remember_pending(state: State, datagram: Datagram) -> None:
+    """A session not confirmed yet is echoed in the second slot, which grants nothing."""
+    state.count("datagram_unconfirmed")
+    known = {echo.session: echo for echo in state.pending}
+    older = known.pop(datagram.session, None)
+    if older is not None and older.seq >= datagram.seq:
+        return
+    if older is None:
+        state.send_soon = True
+    kept = tuple(known.values())[-(MAX_PENDING - 1) :]
+    state.pending = (*kept, Echo(datagram.session, datagram.seq))
+
+
+def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> None:
+    state.peer_seq = datagram.seq
+    state.heard_ms = now_ms
+    state.report = datagram
+    state.echoed_high = max(state.echoed_high, echo.seq)
+    state.peer_down = ""
+    idle = not datagram.serving and datagram.phase in lease.IDLE_PHASES
+    if not idle:
+        state.idle_since_ms = None
+        state.withhold_since_ms = None
+    elif state.idle_since_ms is None:
+        state.idle_since_ms = now_ms
+
+
+def _take_evidence(state: State, datagram: Datagram, echo: Echo) -> None:
+    """An echo is a grant, unless its sender is past the point where it could keep it."""
+    if (
+        echo is not datagram.echo
+        or not datagram.echo_grants
+        or datagram.serving
+        or datagram.phase in lease.NO_EVIDENCE_PHASES
+        or datagram.phase in HANDOVER_PHASES
+    ):
+        return
+    if not lease.timings_suffice(state, datagram):
+        state.count("echo_short_timings")
+        return
+    sent_ms = sent_at_ms(state, echo.seq)
+    state.echo_ms = max(state.echo_ms, sent_ms)
+    if state.absence_from_seq and echo.seq >= state.absence_from_seq:
+        state.absence_granted_ms = max(state.absence_granted_ms, sent_ms)
+
+
+def sent_at_ms(state: State, seq: int) -> int:
+    """When the own datagram `seq` was sent; NEVER_MS when that is too long ago."""
+    back = state.seq - seq
+    if back < 0 or back >= len(state.sent_ms):
+        return NEVER_MS
+    return state.sent_ms[-1 - back]
+
+
+def _take_promises(state: State, datagram: Datagram, echo: Echo) -> None:
+    own_reign = state.is_authority
+    state.journal_if(
+        peer_promise=own_reign and datagram.promise is PromiseState.STANDING,
+        peer_agent_only=own_reign and datagram.agent_only,
+    )
+    if state.promise_from_seq and echo.seq >= state.promise_from_seq:
+        state.promise_echoed = True
+    cleared = (
+        state.clearing_from_seq
+        and echo.seq >= state.clearing_from_seq
+        and not datagram.peer_promise_held
+    )
+    if cleared and state.promise_state is PromiseState.CLEARING:
+        state.journal_if(promise=False)
+
+
+# --------------------------------------------------------------------------- witnesses, token
+
+
+@absorb.register
+def _(what: model.WitnessAnswered, state: State, now_ms: int) -> None:
+    state.witness_ms = max(state.witness_ms, min(what.sent_ms, now_ms))
+
+
+@absorb.register
+def _(what: model.TokenChanged, state: State, now_ms: int) -> None:
+    state.token_since_ms = what.since_ms
+    state.token_own_record = what.own_record
+    if what.since_ms is None:
+        state.token_acked_ms = NEVER_MS
+
+
+@absorb.register
+def _(what: model.TokenAcked, state: State, now_ms: int) -> None:
+    if state.token_since_ms is not None:
+        state.token_acked_ms = max(state.token_acked_ms, min(what.sent_ms, now_ms))
+
+
+@absorb.register
+def _(what: model.RecordRead, state: State, now_ms: int) -> None:
+    if state.record_epoch is None or what.epoch.number > state.record_epoch.number:
+        state.record_epoch = what.epoch
+
+
+@absorb.register
+def _(what: model.FenceReported, state: State, now_ms: int) -> None:
+    if what.off and not lease.peer_heard(state, now_ms):
+        state.peer_down = "fence"
+    elif not what.off:
+        state.fence_failed_ms = now_ms
+
+
+# --------------------------------------------------------------------------- this node
+
+
+@absorb.register
+def _(what: model.FitChanged, state: State, now_ms: int) -> None:
+    state.service_fit = what.ok
+    state.service_reason = what.reason
+
+
+@absorb.register
+def _(what: model.ReplicaChanged, state: State, now_ms: int) -> None:
+    state.whole = what.whole
+    state.whole_reason = what.reason
+    state.stamped = what.stamped
+
+
+@absorb.register
+def _(what: model.AddressChanged, state: State, now_ms: int) -> None:
+    state.address_held = what.held
+    if not what.held and state.serving and state.phase is not Phase.STARTING:
+        state.repair = _with(state.repair, "address")
+
+
+@absorb.register
+def _(what: model.RulesetLost, state: State, now_ms: int) -> None:
+    if state.serving and state.phase is not Phase.STARTING:
+        state.repair = _with(state.repair, "ruleset")
+
+
+@absorb.register
+def _(what: model.CarrierChanged, state: State, now_ms: int) -> None:
+    state.carrier = what.up
+
+
+@absorb.register
+def _(what: model.VipClaimed, state: State, now_ms: int) -> None:
+    state.claimed_by = what.mac
+    state.count("vip_claimed")
+    if state.serving:
+        state.announced_ms = NEVER_MS
+
+
+def _with(repair: str, lock: str) -> str:
+    return repair if lock in repair else (f"{repair} {lock}").strip()
+
+
+# --------------------------------------------------------------------------- results
+
+
+@absorb.register
+def _(what: model.Persisted, state: State, now_ms: int) -> None:
+    state.durable = what.journal
+    state.persist_error = ""
+    if state.commit_ordered and what.journal.epoch == state.want.epoch:
+        state.commit_durable_ms = now_ms
+
+
+@absorb.register
+def _(what: model.PersistFailed, state: State, now_ms: int) -> None:
+    state.persist_error = what.reason
+    state.persist_failed_ms = now_ms
+    state.count("persist_failed")
+
+
+@absorb.register
+def _(what: model.Surveyed, state: State, now_ms: int) -> None:
+    state.survey = SurveyResult(what.started_ms, what.ended_ms, what.answered_by, what.heard_other)
+    if what.answered_by is None:
+        state.vip_answered_since_ms = None
+    elif state.vip_answered_since_ms is None:
+        state.vip_answered_since_ms = what.started_ms
+
+
+@absorb.register
+def _(what: model.LeaseLost, state: State, now_ms: int) -> None:
+    if state.serving:
+        state.lease_lost = f"{what.lock}: {what.detail}"
+
+
+@absorb.register
+def _(what: model.LeaseHeld, state: State, now_ms: int) -> None:
+    if what.lock == "address":
+        state.address_held = True
+
+
+@absorb.register
+def _(what: model.Completed, state: State, now_ms: int) -> None:
+    for slot, flight in state.flights.items():
+        if flight.number == what.action:
+            del state.flights[slot]
+            if what.result is not None:
+                absorb(what.result, state, now_ms)
+            return
+    state.count("stale_results")

@@ -1,0 +1,56 @@
+"""The actions that one decision orders, numbered, with the ones in flight and their deadlines.
+
+Each action that has a result occupies a slot; a newer order for the slot makes the older one's
+result stale, and an action that outlives its deadline is answered for by the engine.
+"""
+
+from __future__ import annotations
+
+from nfsha.core import model
+from nfsha.core.model import Action, Numbered
+from nfsha.core.state import Flight, State
+
+SLOTS: dict[type, tuple[str, int]] = {
+    model.Persist: ("persist", 5000),
+    model.AddAddress: ("address", 2000),
+    model.RenewAddress: ("address", 2000),
+    model.OpenService: ("service", 2000),
+    model.RenewService: ("service", 2000),
+    model.Survey: ("survey", 2000),
+    model.TakeToken: ("token", 5000),
+    model.Fence: ("fence", 60_000),
+}
+"""Slot and longest time in flight, in milliseconds, of each action that has a result."""
+
+OVERDUE: dict[str, str] = {
+    "persist": "the disk gave no answer within 5 s",
+    "address": "the kernel gave no answer about the address within 2 s",
+    "service": "the firewall gave no answer within 2 s",
+}
+
+
+class Orders:
+    """Collects what a decision orders, in order."""
+
+    def __init__(self, state: State, now_ms: int) -> None:
+        self._state = state
+        self._now_ms = now_ms
+        self.actions: list[Numbered] = []
+
+    def order(self, action: Action) -> int:
+        """Numbers one action and enters it as in flight, if it has a result."""
+        number = self._state.next_action
+        self._state.next_action = number + 1
+        slot = SLOTS.get(type(action))
+        if slot is not None:
+            self._state.flights[slot[0]] = Flight(number, self._now_ms + slot[1])
+        self.actions.append(Numbered(number, action))
+        return number
+
+    def cancel(self, slot: str) -> None:
+        """Makes the result of what is in flight in this slot stale."""
+        self._state.flights.pop(slot, None)
+
+    def in_flight(self, slot: str) -> bool:
+        """Is a result of this slot still awaited?"""
+        return slot in self._state.flights

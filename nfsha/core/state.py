@@ -1,0 +1,232 @@
+"""All that one node's decisions rest on, in one value.
+
+`decide` works on a copy of its own (`State.copy`), so that a state once returned never changes.
+Nothing here decides: the rules stand in `guards`, `effects` and `duties`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nfsha.core.model import (
+    NEVER_MS,
+    CoreConfig,
+    Datagram,
+    Echo,
+    Epoch,
+    Journal,
+    Phase,
+    PromiseState,
+    Role,
+)
+
+SENT_KEPT = 128
+"""How many sending times are kept: an echo older than these is older than any lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """An action whose result is still awaited."""
+
+    number: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyResult:
+    """The last complete answer to "does anybody answer for the VIP"."""
+
+    started_ms: int = NEVER_MS
+    ended_ms: int = NEVER_MS
+    answered_by: str | None = None
+    heard_other: bool = False
+
+
+@dataclass(slots=True)
+class State:
+    """One node, as its engine sees it. Times in milliseconds of its own CLOCK_BOOTTIME."""
+
+    config: CoreConfig
+    session: int
+    started_ms: int
+    phase: Phase = Phase.STARTING
+    phase_since_ms: int = NEVER_MS
+    row: str = ""
+    why: str = ""
+    row_since_ms: int = NEVER_MS
+
+    # journal
+    durable: Journal = field(default_factory=Journal)
+    want: Journal = field(default_factory=Journal)
+    journal_missing: bool = False
+    journal_corrupt: str = ""
+    persist_error: str = ""
+    persist_failed_ms: int = NEVER_MS
+
+    # own turns
+    last_turn_ms: int = NEVER_MS
+    turn_gap_ms: int = 0
+    chain_since_ms: int = NEVER_MS
+    """Since when the own turns are at most two intervals apart."""
+
+    # sending
+    seq: int = 0
+    sent_ms: tuple[int, ...] = ()
+    """Sending times of the newest datagrams, the newest last."""
+    last_sent_ms: int = NEVER_MS
+    shown: tuple[object, ...] = ()
+    send_soon: bool = False
+    granted_ms: int = NEVER_MS
+    """When the newest datagram that this node granted was received."""
+
+    # the peer
+    peer_session: int = 0
+    peer_seq: int = 0
+    heard_ms: int = NEVER_MS
+    report: Datagram | None = None
+    echoed_high: int = 0
+    """The newest own datagram that any counted datagram echoed."""
+    idle_since_ms: int | None = None
+    """Since when the peer is heard, but neither serves nor is about to."""
+    pending: tuple[Echo, ...] = ()
+    record_epoch: Epoch | None = None
+
+    # evidence
+    echo_ms: int = NEVER_MS
+    witness_ms: int = NEVER_MS
+    witness_asked_ms: int = NEVER_MS
+    token_since_ms: int | None = None
+    token_own_record: bool = False
+    token_acked_ms: int = NEVER_MS
+    token_tried_ms: int = NEVER_MS
+    published_ms: int = NEVER_MS
+    peer_down: str = ""
+    """Proof or word that the peer is off: "", "fence" or "operator"."""
+
+    # the world
+    service_fit: bool | None = None
+    service_reason: str = "not checked yet"
+    whole: bool = True
+    whole_reason: str = ""
+    stamped: bool = False
+    carrier: bool = True
+    address_held: bool = False
+    address_renewed_ms: int = NEVER_MS
+    address_removed_ms: int = NEVER_MS
+    service_open: bool = False
+    service_until_ms: int = NEVER_MS
+    lease_lost: str = ""
+    repair: str = ""
+    """What somebody else took away: "", "address", "ruleset" or both."""
+    repaired_ms: int = NEVER_MS
+    claimed_by: str = ""
+    announced_ms: int = NEVER_MS
+    survey: SurveyResult = field(default_factory=SurveyResult)
+    vip_answered_since_ms: int | None = None
+
+    # takeover
+    adopted: bool = False
+    withhold_since_ms: int | None = None
+    by_operator: bool = False
+    forced: bool = False
+    commit_ordered: bool = False
+    commit_durable_ms: int = NEVER_MS
+    fence_failed_ms: int = NEVER_MS
+
+    # maintenance, stop
+    maintenance_serving: bool = False
+    stopping: str = ""
+    stop_by_ms: int = NEVER_MS
+    absence_from_seq: int = 0
+    absence_granted_ms: int = NEVER_MS
+    promise_from_seq: int = 0
+    promise_echoed: bool = False
+    clearing_from_seq: int = 0
+    exited: bool = False
+
+    # in flight
+    next_action: int = 1
+    flights: dict[str, Flight] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        """A copy that may be changed without changing this one."""
+        twin = copy.copy(self)
+        twin.flights = dict(self.flights)
+        twin.counters = dict(self.counters)
+        return twin
+
+    def count(self, what: str) -> None:
+        """Counts one occurrence for the metrics."""
+        self.counters[what] = self.counters.get(what, 0) + 1
+
+    def journal(self, **changes: Any) -> None:
+        """Changes what the journal shall say; a duty writes it."""
+        self.want = replace(self.want, **changes)
+
+    def journal_if(self, **changes: Any) -> None:
+        """As `journal`, but makes no new value where nothing changes (each datagram comes here)."""
+        if any(getattr(self.want, name) != value for name, value in changes.items()):
+            self.journal(**changes)
+
+    # ------------------------------------------------------------- derived
+
+    @property
+    def me(self) -> Role:
+        """This node's role."""
+        return self.config.role
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The durable epoch: the only one that may be shown or stood on."""
+        return self.durable.epoch
+
+    @property
+    def epoch_number(self) -> int:
+        """The durable epoch's number; 0 when there is none."""
+        return self.durable.epoch.number if self.durable.epoch else 0
+
+    @property
+    def is_authority(self) -> bool:
+        """The durable journal says that this node's data is the truth."""
+        return self.durable.epoch is not None and self.durable.epoch.authority is self.me
+
+    @property
+    def serving(self) -> bool:
+        """This node accepts clients, or holds the address on the strength of an adoption."""
+        return (
+            self.phase is Phase.ACTIVE
+            or (self.phase is Phase.MAINTENANCE and self.maintenance_serving)
+            or (self.phase is Phase.STARTING and self.adopted)
+        )
+
+    @property
+    def fit(self) -> bool | None:
+        """Own service, storage and the VIP's carrier: sound, broken, or not known yet (None)."""
+        return self.service_fit if self.carrier else False
+
+    @property
+    def fitness_reason(self) -> str:
+        """Why `fit` is as it is."""
+        return self.service_reason if self.carrier else "the VIP's interface has no carrier"
+
+    @property
+    def blank(self) -> bool:
+        """A new node: its journal is missing, not corrupt, and no volume bears a stamp."""
+        return self.journal_missing and self.durable.epoch is None and not self.stamped
+
+    @property
+    def promise_state(self) -> PromiseState:
+        """The own promise, as it may be shown: durable first."""
+        if not self.durable.promise:
+            return PromiseState.NONE
+        if self.phase is Phase.MAINTENANCE or self.stopping or self.phase is Phase.STARTING:
+            return PromiseState.STANDING
+        return PromiseState.CLEARING
+
+    @property
+    def committed(self) -> bool:
+        """The epoch ordered by this takeover is on the disk."""
+        return self.commit_ordered and self.durable.epoch == self.want.epoch
