@@ -58,13 +58,17 @@ allow_starts() {
     fi
 }
 
-# The same daemons would start at the next boot: only those that this run installed are switched off.
-disable_units_of() {
+# Packages whose daemons the next boot would start, in the way of the lab's (and on the network).
+with_daemons=(keepalived mosquitto nfs-ganesha rpcbind)
+
+# Switches those daemons off, where this very run has installed them: what was there before stays as it was.
+disable_daemons_of() {
     local package unit
     command -v systemctl >/dev/null || return 0
-    for package in "$@"; do
-        for unit in $(dpkg -L "$package" | sed -n 's|^\(/usr\)\?/lib/systemd/system/\([^/@]*\.\(service\|socket\)\)$|\2|p'); do
-            systemctl disable --quiet "$unit" >/dev/null 2>&1 || echo "setup: $unit of $package could not be switched off"
+    for package in "${with_daemons[@]}"; do
+        [[ " $* " == *" $package "* ]] || continue
+        for unit in $(dpkg -L "$package" | sed -nE 's#^(/usr)?/lib/systemd/system/([^/@]+\.(service|socket))$#\2#p'); do
+            systemctl disable "$unit" >/dev/null 2>&1 || echo "setup: $unit of $package could not be switched off"
         done
     done
 }
@@ -86,14 +90,14 @@ install_packages() {
     quietly "apt-get install ${missing[*]}" "repair the packages named above, then run it again" \
         apt-get install --yes --no-install-recommends -o DPkg::Lock::Timeout=120 "${missing[@]}"
     allow_starts
-    disable_units_of "${missing[@]}"
+    disable_daemons_of "${missing[@]}"
 }
 
 new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# The system's own Python first, so that two machines of one kind come out equal.
+# The system's own Python first, so that two machines of one kind come out equal. Prints nothing if none will do.
 choose_python() {
     local candidate
     for candidate in /usr/bin/python3 /usr/bin/python3.1{3,2,1} python3.1{3,2,1} python3; do
@@ -102,7 +106,6 @@ choose_python() {
             return
         fi
     done
-    fail "no Python of 3.11 or later found; install python3 of Debian 12 or later"
 }
 
 # What the environment was made from; it is made up to date whenever that changes.
@@ -114,10 +117,13 @@ venv_inputs() {
 make_venv() {
     local python remedy
     if ! new_enough .venv/bin/python; then
-        # Debian's python3 has venv but not what it needs; other builds have it inside.
         python=$(choose_python)
-        if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+        # Debian's python3 comes without what venv needs; other builds have it inside.
+        if [ -z "$python" ] || ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+            command -v apt-get >/dev/null || fail "no Python of 3.11 or later with venv found; install one"
             install_packages python3 python3-venv
+            python=$(choose_python)
+            [ -n "$python" ] || fail "this system's python3 is older than 3.11; use Debian 12 or later"
         fi
         quietly "making .venv with $python" "remove .venv and run it again" "$python" -m venv --clear .venv
     fi
