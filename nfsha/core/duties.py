@@ -74,7 +74,7 @@ def withhold(state: State, now_ms: int) -> None:
         state.phase is not Phase.PASSIVE
         or state.stopping
         or since_ms is None
-        or lease.takeover_obstacle(state, now_ms)
+        or lease.takeover_obstacle(state)
         or not _could_prove(state, now_ms)
     ):
         state.withhold_since_ms = None
@@ -123,6 +123,8 @@ def renew(state: State, orders: Orders, now_ms: int) -> None:
 
 def remove_leftover(state: State, orders: Orders, now_ms: int) -> None:
     """A node that does not serve takes the address away until the kernel shows it gone."""
+    if orders.in_flight("address"):
+        return
     if now_ms - state.address_removed_ms >= state.config.timings.renew_every_ms:
         orders.order(RemoveAddress())
         state.address_removed_ms = now_ms

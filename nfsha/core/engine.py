@@ -1,8 +1,8 @@
 """The pure step, and the engine that holds the state between steps.
 
-`decide` is a function: same state, inputs and time give the same decision. `Engine` keeps the newest
-state, answers for actions that outlive their deadline, and says when the next turn is due. Neither
-reads a clock, sleeps, or touches the world: the shell (`daemon`, or the simulator) does.
+`decide` is a function: same state, inputs and time give the same decision. `Engine` keeps the
+newest state, answers for actions that outlive their deadline, and says when the next turn is due.
+Neither reads a clock, sleeps, or touches the world: the shell (`daemon`, or the simulator) does.
 
 A turn is whole: all that has arrived is taken in first, then the table is asked, then the duties.
 Only a whole turn feeds the leases in the kernel and the watchdog.

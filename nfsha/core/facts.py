@@ -257,8 +257,11 @@ def _(what: model.Surveyed, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.LeaseLost, state: State, now_ms: int) -> None:
+    if what.lock == "address":
+        state.address_held = False
     if state.serving:
         state.lease_lost = f"{what.lock}: {what.detail}"
+        state.lease_lost_ms = now_ms
 
 
 @absorb.register

@@ -39,6 +39,7 @@ class Guard(StrEnum):
     IN_MAINTENANCE = "journal-in-maintenance"
     ADDRESS_GONE = "address-gone"
     REPAIR = "repair-needed"
+    COOLING = "lease-just-lost"
     # boot
     BOTH_BLANK = "both-blank"
     ORDERED = "epoch-ordered"
@@ -83,6 +84,9 @@ class Guard(StrEnum):
 GATHER_LIMIT_MS = 60_000
 """The longest TAKEOVER without a proof: longer than a fence agent's own limit. Then PASSIVE again,
 so that the peer hears an echo."""
+
+LEASE_RETRY_MS = 1000
+"""How long a node whose lease in the kernel could not be had waits before it tries again."""
 
 COMMIT_EVIDENCE_HOLDS = 1
 """How many `hold` a committed taker waits for its first evidence before it is ISOLATED."""
@@ -152,6 +156,8 @@ def _returning(state: State, now_ms: int) -> Guard:
         return Guard.UNFIT
     if state.fit is None:
         return Guard.FIT_UNKNOWN
+    if now_ms - state.lease_lost_ms < LEASE_RETRY_MS:
+        return Guard.COOLING
     if now_ms < lease.return_deadline_ms(state, now_ms) and not lease.peer_serves(state, now_ms):
         return Guard.EVIDENCE
     if not lease.standing_evidence(state):
@@ -176,7 +182,7 @@ def passive(state: State, now_ms: int) -> Guard:
         return Guard.PEER_SERVES
     if not lease.grants_ended(state, now_ms):
         return Guard.PEER_IDLE if lease.peer_heard(state, now_ms) else Guard.PEER_SILENT
-    if lease.takeover_obstacle(state, now_ms):
+    if lease.takeover_obstacle(state):
         return Guard.OBSTACLE
     if lease.vip_unanswered(state, now_ms):
         return Guard.MAY_TAKE
@@ -201,9 +207,8 @@ def takeover(state: State, now_ms: int) -> Guard:
 
 def _takeover_gathering(state: State, now_ms: int) -> Guard:
     ready = lease.grants_ended(state, now_ms) and lease.vip_unanswered(state, now_ms)
-    if not state.by_operator:
-        if not ready or lease.takeover_obstacle(state, now_ms):
-            return Guard.CONDITIONS_LOST
+    if not state.by_operator and (not ready or lease.takeover_obstacle(state)):
+        return Guard.CONDITIONS_LOST
     if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS:
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.GATHERED_TOO_LONG
     if ready and lease.exclusive(state, now_ms):

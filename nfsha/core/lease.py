@@ -199,7 +199,7 @@ def token_exclusive(state: State, now_ms: int) -> bool:
     )
 
 
-def takeover_obstacle(state: State, now_ms: int) -> str:
+def takeover_obstacle(state: State) -> str:
     """Which of takeover conditions 2 and 3, or the promise, forbids a takeover; "" when none."""
     if state.durable.promise or state.want.promise:
         return "promised"

@@ -1,4 +1,4 @@
-"""The words of the decisions: roles, phases, epochs, the journal, datagrams, inputs, actions and the state.
+"""The words of the decisions: roles, phases, epochs, journal, datagrams, inputs and actions.
 
 Plain values only. Nothing here decides, reads a clock, or touches the world. All times are
 whole milliseconds of CLOCK_BOOTTIME of this node; a rounding of one millisecond is covered by the
@@ -349,7 +349,16 @@ Fact = (
     | CarrierChanged
     | VipClaimed
 )
-Result = Persisted | PersistFailed | Surveyed | LeaseLost | LeaseHeld | FenceReported | TokenChanged
+Result = (
+    Persisted
+    | PersistFailed
+    | Surveyed
+    | LeaseLost
+    | LeaseHeld
+    | AddressChanged
+    | FenceReported
+    | TokenChanged
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +405,7 @@ class RenewAddress:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
-    """Takes the VIP off the interface; no result: repeated until the kernel shows it gone."""
+    """Takes the VIP off the interface: `AddressChanged`; repeated until the kernel shows it gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ SLOTS: dict[type, tuple[str, int]] = {
     model.Persist: ("persist", 5000),
     model.AddAddress: ("address", 2000),
     model.RenewAddress: ("address", 2000),
+    model.RemoveAddress: ("address", 2000),
     model.OpenService: ("service", 2000),
     model.RenewService: ("service", 2000),
     model.Survey: ("survey", 2000),

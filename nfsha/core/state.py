@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from nfsha.core.model import (
     NEVER_MS,
@@ -118,6 +117,7 @@ class State:
     service_open: bool = False
     service_until_ms: int = NEVER_MS
     lease_lost: str = ""
+    lease_lost_ms: int = NEVER_MS
     repair: str = ""
     """What somebody else took away: "", "address", "ruleset" or both."""
     repaired_ms: int = NEVER_MS
@@ -162,11 +162,11 @@ class State:
         """Counts one occurrence for the metrics."""
         self.counters[what] = self.counters.get(what, 0) + 1
 
-    def journal(self, **changes: Any) -> None:
+    def journal(self, **changes: object) -> None:
         """Changes what the journal shall say; a duty writes it."""
-        self.want = replace(self.want, **changes)
+        self.want = replace(self.want, **changes)  # type: ignore[arg-type]
 
-    def journal_if(self, **changes: Any) -> None:
+    def journal_if(self, **changes: object) -> None:
         """As `journal`, but makes no new value where nothing changes (each datagram comes here)."""
         if any(getattr(self.want, name) != value for name, value in changes.items()):
             self.journal(**changes)

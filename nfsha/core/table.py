@@ -128,6 +128,8 @@ _WAITING = (
     _stay("W97", P.WAITING, G.JOURNAL_LOST,
           "a journal is missing or corrupt on a node that is not new: the operator must say whose "
           "data is the truth (`nfsha activate` there)"),
+    _stay("W89", P.WAITING, G.COOLING,
+          "a lease in the kernel was lost a moment ago: tries again within a second"),
     _stay("W98", P.WAITING, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
 
@@ -240,6 +242,8 @@ _ISOLATED = (
           "may serve, but another machine answers for the VIP"),
     _stay("I94", P.ISOLATED, G.VIP_UNKNOWN,
           "may serve, and asks whether anybody answers for the VIP"),
+    _stay("I96", P.ISOLATED, G.COOLING,
+          "a lease in the kernel was lost a moment ago: tries again within a second"),
     _stay("I95", P.ISOLATED, G.ORDERED, "the new epoch is on its way to the disk"),
     _stay("I98", P.ISOLATED, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
@@ -294,7 +298,8 @@ _NOT_SERVING = tuple(phase for phase in ALL if phase is not P.ACTIVE)
 _COMMANDS = (
     _accept("C10", (*_RESTS, P.TAKEOVER, P.MAINTENANCE), C.ACTIVATE, E.activate, P.TAKEOVER,
             "the operator says that this node shall serve"),
-    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already", (P.STARTING, P.ACTIVE, P.MAINTENANCE)),
+    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already",
+            (P.STARTING, P.ACTIVE, P.MAINTENANCE)),
     _refuse("C12", C.ACTIVATE, G.REPEATED, "this node is taking over already", (P.TAKEOVER,)),
     _refuse("C13", C.ACTIVATE, G.DIVERGED,
             "there are two histories: choose one with `nfsha resolve --keep`", (P.DIVERGED,)),
