@@ -14,6 +14,15 @@ find_python() {
     done
 }
 
+# prepare VENV PYTHON: the same locks as .venv has.
+prepare() {
+    [ -x "$1/bin/python" ] || "$2" -m venv "$1"
+    "$1/bin/python" -m pip install --quiet --require-hashes -r requirements/build.lock
+    "$1/bin/python" -m pip install --quiet --require-hashes --no-build-isolation --use-pep517 -r requirements/dev.lock
+    "$1/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+}
+
+failed=()
 for version in 3.12 3.13; do
     python=$(find_python "$version")
     if [ -z "$python" ]; then
@@ -22,12 +31,13 @@ for version in 3.12 3.13; do
     fi
     venv=.venv-$version
     echo "Python $version: $("$python" --version) in $venv"
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --require-hashes -r requirements/build.lock
-    "$venv/bin/python" -m pip install --quiet --require-hashes --no-build-isolation --use-pep517 -r requirements/dev.lock
-    "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
-    "$venv/bin/python" -m pytest --quiet tests/unit
+    prepare "$venv" "$python"
+    "$venv/bin/python" -m pytest --quiet tests/unit || failed+=("$version: tests/unit")
     if [ -e tests/sim/__main__.py ]; then
-        "$venv/bin/python" -m tests.sim --seeds "${SEEDS:-50}"
+        "$venv/bin/python" -m tests.sim --seeds "${SEEDS:-50}" || failed+=("$version: tests.sim")
     fi
 done
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'failed on Python %s\n' "${failed[@]}" >&2
+    exit 1
+fi
