@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 SEEDS ?= 200
 NODE ?= a
 # Folders that exist by now.
-CODE := $(wildcard nfsha tests bench scripts/*.py)
+CODE := nfsha tests $(wildcard scripts/*.py) $(if $(wildcard bench/*.py),bench)
 TESTS := $(wildcard tests/unit tests/sim tests/netns)
 
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
