@@ -15,29 +15,36 @@ For people: python -m tests.netns.lab up | status | shell NODE | down
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import shutil
+import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
-from tests.netns.labkit import registry
+from tests.netns.labkit import kernel, registry, wall_clock
 from tests.netns.labkit.network import PLACES, VIP, Switch
 from tests.netns.labkit.nfs_server import make_disks
+from tests.netns.labkit.observe import Observations, Observer
 from tests.netns.labkit.place import LabError, Place
+from tests.netns.labkit.prober import NullProber
 from tests.netns.labkit.records import RecordWriter, read_records
 from tests.netns.labkit.registry import Description, ProcessId
 from tests.netns.labkit.storage_node import StorageNode, cluster_key, node_config
 
 STORAGE = ("a", "b")
 ROLES = {"a": "primary", "b": "standby"}
-_PERSISTENT = "standing"
+_STANDING = "standing"
 
 
 class Lab:
-    """See the module. Not thread-safe: one thread drives it."""
+    """See the module. One thread drives it. `made`: the names of all labs of this process."""
+
+    made: ClassVar[set[str]] = set()
 
     def __init__(
         self,
@@ -45,18 +52,23 @@ class Lab:
         volumes: tuple[str, ...] = ("data",),
         volume_mib: int = 64,
         protocols: str = "3",
-        persistent: bool = False,
+        standing_name: str | None = None,
     ) -> None:
-        """Makes nothing yet. Volumes are mounted at /nfs/NAME; protocols (of NFS): "3" or "3,4"."""
-        self.name = _PERSISTENT if persistent else f"{os.getpid()}-{secrets.token_hex(3)}"
+        """Makes nothing yet. Volumes are mounted at /nfs/NAME; protocols (of NFS): "3" or "3,4".
+
+        standing_name: for a lab that outlives this process, until `down`; nobody watches it.
+        """
+        self.name = standing_name or f"{os.getpid()}-{secrets.token_hex(3)}"
+        Lab.made.add(self.name)
         self.volumes = volumes
         self.key = cluster_key()
         self._volume_mib = volume_mib
         self._protocols = protocols
-        self._persistent = persistent
+        self._stands = standing_name is not None
         self._description: Description | None = None
         self._switch: Switch | None = None
         self._places: dict[str, Place] = {}
+        self._observer: Observer | None = None
 
     def __enter__(self) -> Self:
         self.up()
@@ -79,7 +91,7 @@ class Lab:
         self._description.save()
         try:
             self._make(folder)
-            if self._persistent:
+            if self._stands:
                 self._description.owner = None
                 self._description.save()
         except BaseException:
@@ -99,10 +111,13 @@ class Lab:
                     home,
                     disks[name],
                     protocols=self._protocols,
-                    stay=self._persistent,
+                    stay=self._stands,
                 )
             else:
-                self._places[name] = Place(name, self.name, home, stay=self._persistent)
+                self._places[name] = Place(name, self.name, home, stay=self._stands)
+        if not self._stands:
+            path = self._switch.namespace.path
+            self._observer = Observer(self.name, path, folder / "events.jsonl")
         for name in PLACES:
             self.boot(name)
 
@@ -119,6 +134,9 @@ class Lab:
         for place in self._places.values():
             place.power_cut()
         self._places.clear()
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer = None
         self._switch = None
         if self._description is not None:
             registry.remove(self._description)
@@ -142,6 +160,22 @@ class Lab:
         if self._switch is None:
             raise LabError("the lab is down")
         return self._switch
+
+    @property
+    def observer(self) -> Observer:
+        """What watches the lab (a standing one is not watched)."""
+        if self._observer is None:
+            raise LabError("nobody watches this lab")
+        return self._observer
+
+    def look(self) -> Observations:
+        """Everything that was seen until this moment: holds, replies, overlaps."""
+        return self.observer.look()
+
+    @staticmethod
+    def now_ns() -> int:
+        """The clock of all observations (CLOCK_BOOTTIME)."""
+        return kernel.now_ns()
 
     def node(self, name: str) -> StorageNode:
         """Storage node a or b."""
@@ -183,6 +217,8 @@ class Lab:
         namespace = place.make_namespace()
         self._record(name, namespace.name)
         self.switch.attach(name, namespace)
+        if self._observer is not None and name in STORAGE:
+            self._observer.watch(name, namespace.path)
         place.boot()
         self._record(name, namespace.name, place.holder_pid)
         if isinstance(place, StorageNode):
@@ -191,7 +227,14 @@ class Lab:
     def power_cut(self, name: str) -> None:
         """Node death: first its wires (no FIN, no farewell), then all its processes, by SIGKILL."""
         self.switch.detach(name)
+        if self._observer is not None and name in STORAGE:
+            self._observer.forget(name)
         self._places[name].power_cut()
+
+    @staticmethod
+    def wall_clock_stepped(seconds: float) -> AbstractContextManager[None]:
+        """The whole machine's wall clock stepped inside the block; see labkit/wall_clock.py."""
+        return wall_clock.stepped(seconds)
 
     # Wires
 
@@ -233,6 +276,14 @@ class Lab:
         """Ends every cut and loss."""
         self.switch.heal()
 
+    def unplug(self, name: str, network: str = "lan") -> None:
+        """Pulls a cable: the place sees its carrier go."""
+        self.switch.unplug(name, network)
+
+    def plug(self, name: str, network: str = "lan") -> None:
+        """Puts the cable back."""
+        self.switch.plug(name, network)
+
     def gateway_gone(self) -> None:
         """Nobody reaches the third place any more (gateway, and whatever else runs there)."""
         self.cut("w")
@@ -269,6 +320,10 @@ class Lab:
             first=first,
         )
 
+    def probe(self, *, server: str = VIP, interval_ms: float = 5.0) -> NullProber:
+        """Starts a prober in c: a fresh RPC NULL on a new connection every interval_ms."""
+        return NullProber(self.c, server=server, interval_ms=interval_ms)
+
     def read_records(
         self, *, server: str = VIP, path: str = "/records", cap_s: float = 10.0
     ) -> dict[int, int]:
@@ -292,3 +347,82 @@ def require_root() -> None:
 
 
 _PROGRAMS = ("ip", "nft", "mkfs.ext4", "mount", "rpcbind", "ganesha.nfsd", "arping")
+
+
+def _up(name: str) -> None:
+    if _standing(name) is not None:
+        print("the lab stands already")
+        return
+    lab = Lab(standing_name=name)
+    lab.up()
+    for node in STORAGE:
+        lab.configure(node)
+    print(f"the lab stands: places {', '.join(PLACES)}; logs and disks in {lab.folder}")
+    print(
+        "a shell in one: python -m tests.netns.lab shell a; its end: python -m tests.netns.lab down"
+    )
+
+
+def _standing(name: str) -> Description | None:
+    return next((one for one in registry.descriptions() if one.name == name), None)
+
+
+def _down(name: str) -> None:
+    swept = registry.sweep()
+    standing = _standing(name)
+    if standing is not None:
+        registry.remove(standing)
+        swept.append(standing.name)
+    print(f"removed: {', '.join(swept)}" if swept else "there was no lab")
+
+
+def _status() -> None:
+    labs = registry.descriptions()
+    if not labs:
+        print("no lab")
+    for lab in labs:
+        owner = f"pid {lab.owner.pid}" if lab.owner else "stays until `down`"
+        print(f"{lab.name}: {'abandoned, ' if lab.abandoned else ''}{owner}, files in {lab.folder}")
+        for place, holder in lab.processes.items():
+            namespace = lab.namespaces[place]
+            state = "up" if holder.alive else "down"
+            print(f"  {place}: {state}, netns {namespace}, pid {holder.pid}")
+
+
+def _shell(name: str, place: str, argv: list[str]) -> None:
+    standing = _standing(name)
+    if standing is None or place not in standing.processes:
+        raise LabError("no such place: the lab is down (python -m tests.netns.lab up), or misspelt")
+    target = str(standing.processes[place].pid)
+    command = argv or [os.environ.get("SHELL", "/bin/bash")]
+    enter = ["nsenter", "-t", target, "--mount", "--net", "--uts", "--pid"]
+    os.execvp("nsenter", [*enter, "--wd=/root", *command])
+
+
+def main() -> int:
+    """The command line: a lab that stays, for people."""
+    parser = argparse.ArgumentParser(prog="python -m tests.netns.lab", description="a standing lab")
+    parser.add_argument("--name", default=_STANDING, help="for more than one at a time")
+    parser.add_argument("action", choices=("up", "status", "shell", "down"))
+    parser.add_argument("place", nargs="?", default="a", help="for shell: a, b, c or w")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="for shell: run this instead")
+    options = parser.parse_args()
+    try:
+        require_root()
+        match options.action:
+            case "up":
+                _up(options.name)
+            case "status":
+                _status()
+            case "shell":
+                _shell(options.name, options.place, options.command)
+            case _:
+                _down(options.name)
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

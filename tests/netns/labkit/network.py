@@ -107,7 +107,7 @@ class Switch:
         for address in addresses:
             name = port(place, address.network)
             wires.append(
-                f"link add {name} index {port_index(name)} type veth peer name {address.interface}"
+                f"link add {name} type veth peer name {address.interface}"
                 f" address {address.mac} netns {namespace.name}"
             )
             wires.append(f"link set {name} master {address.network} up")
@@ -196,12 +196,6 @@ _IPV6_SETTINGS = {
     "accept_ra": "0",
     "router_solicitations": "0",
 }
-
-
-def port_index(name: str) -> int:
-    """The fixed interface index of a port: it stays the same when a place is wired again."""
-    ports = [port(place, at.network) for place, all_of in PLACES.items() for at in all_of.all()]
-    return 11 + ports.index(name)
 
 
 def _rule(fault: _Fault, percent: int) -> str:

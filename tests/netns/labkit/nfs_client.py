@@ -48,7 +48,6 @@ def _load() -> ctypes.CDLL:
         "nfs_open2_async": [pointer, text, number, number, _Callback, pointer],
         "nfs_pwrite_async": [pointer, pointer, long, long, text, _Callback, pointer],
         "nfs_pread_async": [pointer, pointer, long, long, _Callback, pointer],
-        "nfs_fsync_async": [pointer, pointer, _Callback, pointer],
         "nfs_close_async": [pointer, pointer, _Callback, pointer],
         "nfs_unlink_async": [pointer, text, _Callback, pointer],
         "nfs_parse_url_dir": [pointer, text],
@@ -74,6 +73,7 @@ class _Reply:
     status: int = 0
     data: int | None = None
     content: bytes = b""
+    error: NfsError | None = None
 
 
 class Mount:
@@ -118,7 +118,7 @@ class Mount:
         return handle
 
     def write(self, handle: int, offset: int, content: bytes) -> None:
-        """Writes at an offset; not stable before fsync."""
+        """Writes at an offset; not stable before close_handle."""
         written = self._call("nfs_pwrite_async", handle, offset, len(content), content).status
         if written != len(content):
             raise NfsError(errno.EIO, f"short write: {written} of {len(content)}")
@@ -127,12 +127,8 @@ class Mount:
         """Reads at most count bytes at an offset."""
         return self._call("nfs_pread_async", handle, offset, count, wants_bytes=True).content
 
-    def fsync(self, handle: int) -> None:
-        """COMMIT: the server has made all earlier writes of the handle stable."""
-        self._call("nfs_fsync_async", handle)
-
     def close_handle(self, handle: int) -> None:
-        """Frees a handle."""
+        """Frees a handle; after writes it first sends COMMIT and waits until they are stable."""
         self._call("nfs_close_async", handle)
 
     def unlink(self, path: str) -> None:
@@ -143,7 +139,6 @@ class Mount:
         """Open (create) by path, write, commit, close: a client that holds nothing open."""
         handle = self.open(path, os.O_CREAT | os.O_RDWR)
         self.write(handle, offset, content)
-        self.fsync(handle)
         self.close_handle(handle)
 
     def get(self, path: str) -> bytes:
@@ -160,8 +155,8 @@ class Mount:
 
         def finished(status: int, _nfs: int, data: int | None, _private: int | None) -> None:
             reply.done, reply.status, reply.data = True, status, data
-            if data and status < 0:
-                reply.content = ctypes.string_at(data)
+            if status < 0:  # not from data: for some calls that is a structure, not the text
+                reply.error = self._failure(name, status)
             elif data and wants_bytes:
                 reply.content = ctypes.string_at(data, status)
 
@@ -171,9 +166,15 @@ class Mount:
             raise NfsError(errno.EIO, f"{name}: {self._error()}")
         self._wait(name, reply)
         self._kept.remove(callback)
-        if reply.status < 0:
-            raise NfsError(-reply.status, f"{name}: {reply.content.decode(errors='replace')}")
+        if reply.error is not None:
+            raise reply.error
         return reply
+
+    def _failure(self, name: str, status: int) -> NfsError:
+        text = self._error()
+        # Reads and writes say EFAULT for whatever the server answered; the text has its word.
+        number = errno.ESTALE if "NFS3ERR_STALE" in text else -status
+        return NfsError(number, f"{name}: {text}")
 
     def _wait(self, name: str, reply: _Reply) -> None:
         deadline = time.monotonic() + self._cap_s

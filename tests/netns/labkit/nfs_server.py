@@ -49,7 +49,7 @@ def ganesha_config(mountpoints: list[str], protocols: str) -> str:
     core = (
         f"NFS_CORE_PARAM {{ Protocols={protocols}; NFS_Port={NFS_PORT}; MNT_Port={MOUNTD_PORT};"
         " Enable_NLM=false; Enable_RQUOTA=false; Enable_UDP=false; mount_path_pseudo=true; }\n"
-        "NFSV4 { Graceless=true; }\n"
+        "NFSV4 { Graceless=true; }\nLOG { Default_Log_Level=WARN; }\n"
     )
     return core + "".join(
         f"EXPORT {{ Export_Id={number}; Path={path}; Pseudo={path}; Access_Type=RW; Squash=none;"
@@ -89,8 +89,6 @@ class NfsServer:
             log,
             "-p",
             "/run/ganesha.pid",
-            "-N",
-            "NIV_WARN",
         ]
         self.ganesha = self.place.spawn(argv, name="ganesha-output")
         self._await(self.ganesha, self.answers, deadline)

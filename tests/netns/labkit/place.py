@@ -284,7 +284,7 @@ class Place:
             self._namespace.delete()
             self._namespace = None
 
-    def log_tails(self, lines: int = 40) -> Iterator[tuple[str, str]]:
+    def log_tails(self, lines: int = 25) -> Iterator[tuple[str, str]]:
         """(file name, last lines) of every log of the place that is not empty."""
         for log in sorted(self.logs.glob("*.log")):
             text = log.read_text(errors="replace").splitlines()

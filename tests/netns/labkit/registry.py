@@ -158,6 +158,7 @@ def leftovers(pid: int, lab_names: set[str]) -> list[str]:
         found += [f"mount {line}" for line in _lines("/proc/self/mountinfo") if folder in line]
         found += [f"loop device of {text}" for text in _loop_files() if folder in text]
         found += [f"process {pid} {comm}" for pid, comm in marked_processes(name)]
+        found += [f"folder {path}" for path in Path("/tmp").glob(f"{folder}-*")]
         found += [f"description {name}"] if (FOLDER / f"{name}.json").exists() else []
     return found
 

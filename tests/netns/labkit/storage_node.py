@@ -79,12 +79,13 @@ class StorageNode(Place):
         self.run("find", "/etc/nfsha", "/var/lib/nfsha", "-mindepth", "1", "-delete")
 
     def add_vip(self, address: str = VIP, announce: bool = True) -> None:
-        """By hand, for tests of the lab: adds an address and announces it by gratuitous ARP."""
+        """By hand, for tests of the lab: adds an address and announces it once."""
         length = 128 if ":" in address else 32
         options = ["nodad"] if ":" in address else []
         self.run("ip", "addr", "add", f"{address}/{length}", "dev", "eth0", *options)
-        if announce and ":" not in address:
-            self.inside(lambda: _gratuitous_arp(self.addresses.lan, address))
+        if announce:
+            tell = _neighbour_advertisement if ":" in address else _gratuitous_arp
+            self.inside(lambda: tell(self.addresses.lan, address))
 
     def drop_vip(self, address: str = VIP) -> None:
         """By hand: removes the address."""
@@ -106,6 +107,17 @@ def _gratuitous_arp(here: Address, address: str) -> None:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind((here.interface, 0))
         sock.send(frame)
+
+
+def _neighbour_advertisement(here: Address, address: str) -> None:
+    """One unsolicited advertisement that overrides what neighbours know (RFC 4861, 7.2.6)."""
+    ip = socket.inet_pton(socket.AF_INET6, address)
+    own = bytes.fromhex(here.mac.replace(":", ""))
+    # type 136, code, checksum (the kernel's work), override flag; option 2: link-layer address
+    message = struct.pack("!BBHI", 136, 0, 0, 0x20000000) + ip + bytes((2, 1)) + own
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        sock.sendto(message, ("ff02::1", 0, 0, socket.if_nametoindex(here.interface)))
 
 
 def node_config(
