@@ -17,7 +17,6 @@ undid is found there: the kernel queues the event when it removes).
 import asyncio
 import errno
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,14 +25,26 @@ from pathlib import Path
 from typing import Final
 
 from nfsha.vip import rtnetlink
-from nfsha.vip.rtnetlink import AddressEntry, LinkEntry, Message, Request, Vip
+from nfsha.vip.route_socket import EventSocket, RouteSocket, VipError, VipRefused
+from nfsha.vip.rtnetlink import AddressEntry, LinkEntry, Message, Vip
 
-_BUFFER_BYTES: Final = 65536
-_ANSWERS_MAX: Final = 65536  # datagrams read for one request; a dump of all addresses is far below
+__all__ = [
+    "AddressDriver",
+    "AddressNotice",
+    "LeaseResult",
+    "NoticeKind",
+    "Outcome",
+    "Vip",
+    "VipError",
+    "VipRefused",
+    "VipStuck",
+    "kernel_clock_cs",
+    "remaining_ms",
+]
+
 _EVENTS_PER_WAKE_MAX: Final = 64
 _EVENTS_PER_CALL_MAX: Final = 2048
 _REMOVE_ROUNDS_MAX: Final = 3
-_DUMP_TRIES_MAX: Final = 3
 _REPEAT_NOTICE_MS: Final = 1000  # the same foreign change is told at most this often
 _TICK_MARGIN_MS: Final = 20  # two ticks of the slowest usual kernel clock (100 Hz)
 _INITIAL_TICKS_S: Final = 300  # linux/jiffies.h: INITIAL_JIFFIES is 300 s before the 32-bit wrap
@@ -41,15 +52,7 @@ _KERNEL_HZ: Final = (100, 250, 300, 1000)  # kernel/Kconfig.hz
 _IPV6_SETTINGS: Final = Path("/proc/sys/net/ipv6/conf")
 
 
-class VipError(Exception):
-    """The kernel could not do, or could not prove, what was asked; the message says what to do."""
-
-
-class VipRefused(VipError):  # noqa: N818 - what happened, not that something did
-    """The interface cannot carry the VIPs as it is: an operator has to change something first."""
-
-
-class VipStuck(VipError):  # noqa: N818 - as above
+class VipStuck(VipError):  # noqa: N818 - what happened, not that something did
     """A VIP could not be removed: the node must stop serving by other means."""
 
 
@@ -130,8 +133,8 @@ class AddressDriver:
         self._lease_ms = lease_ms
         self._clock_ms = clock_ms
         self._notify = notify
-        self._kernel: _Kernel | None = None
-        self._events: _Events | None = None
+        self._kernel: RouteSocket | None = None
+        self._events: EventSocket | None = None
         self._link: LinkEntry | None = None
         self._lease_end_ms: int | None = None
         self._lost = ""  # why the lease ended without us; empty while it did not
@@ -152,8 +155,8 @@ class AddressDriver:
         if self._kernel is not None:
             raise RuntimeError("started twice")
         try:
-            self._kernel = _Kernel()
-            self._events = _Events()
+            self._kernel = RouteSocket()
+            self._events = EventSocket()
         except OSError as error:
             await self.close()
             raise VipError(f"no netlink socket: {error}") from error
@@ -307,7 +310,7 @@ class AddressDriver:
 
     # The kernel.
 
-    def _opened(self) -> "_Kernel":
+    def _opened(self) -> RouteSocket:
         if self._kernel is None:
             raise RuntimeError("not started")
         return self._kernel
@@ -510,134 +513,6 @@ class AddressDriver:
 
 # What the kernel answers when there is nothing to remove: no such address, no such interface.
 _ABSENT: Final = frozenset({0, errno.EADDRNOTAVAIL, errno.ENODEV})
-
-
-class _Kernel:
-    """The request socket. Raises VipError for what the kernel does not answer."""
-
-    def __init__(self) -> None:
-        self._socket = _netlink_socket(0)
-        self._socket.setsockopt(rtnetlink.SOL_NETLINK, rtnetlink.NETLINK_GET_STRICT_CHK, 1)
-        self._sequence = 0
-        self.port: int = self._socket.getsockname()[0]
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def change(self, requests: Sequence[Request]) -> list[int]:
-        """Sends requests that want an acknowledgement, in one call; returns an errno for each."""
-        first = self._send(requests)
-        codes: dict[int, int] = {}
-        for message in self._answers(first):
-            if message.kind == rtnetlink.NLMSG_ERROR:
-                codes[message.sequence] = rtnetlink.error_code(message)
-            if len(codes) == len(requests):
-                break
-        return [codes[first + offset] for offset in range(len(requests))]
-
-    def addresses(self, index: int) -> list[AddressEntry]:
-        """All addresses of one interface, or of all for 0; none if it does not exist."""
-        for _ in range(_DUMP_TRIES_MAX):
-            entries, whole = self._dump(index)
-            if whole:
-                return entries
-        raise VipError("the kernel's list of addresses changes faster than it can be read")
-
-    def _dump(self, index: int) -> tuple[list[AddressEntry], bool]:
-        entries: list[AddressEntry] = []
-        whole = True
-        for message in self._answers(self._send([rtnetlink.dump_addresses(index)])):
-            whole = whole and not message.flags & rtnetlink.NLM_F_DUMP_INTR
-            if message.kind in (rtnetlink.NLMSG_ERROR, rtnetlink.NLMSG_DONE):
-                code = rtnetlink.error_code(message)
-                if code not in (0, errno.ENODEV):
-                    raise VipError(f"addresses cannot be listed: {os.strerror(code)}")
-                break
-            entry = rtnetlink.address_entry(message)
-            if entry is not None and index in (0, entry.index):
-                entries.append(entry)
-        return entries, whole
-
-    def link(self, name: str) -> LinkEntry | None:
-        """The interface of that name, None if there is none."""
-        found: LinkEntry | None = None
-        for message in self._answers(self._send([rtnetlink.get_link(name)])):
-            if message.kind == rtnetlink.RTM_NEWLINK:
-                found = rtnetlink.link_entry(message)
-            elif message.kind == rtnetlink.NLMSG_ERROR:
-                code = rtnetlink.error_code(message)
-                if code not in (0, errno.ENODEV):
-                    raise VipError(f"interface {name} cannot be looked up: {os.strerror(code)}")
-                break
-        return found
-
-    def _send(self, requests: Sequence[Request]) -> int:
-        first = self._sequence + 1
-        self._sequence += len(requests)
-        frames = [rtnetlink.frame(request, first + n) for n, request in enumerate(requests)]
-        try:
-            self._socket.send(b"".join(frames))
-        except OSError as error:
-            raise VipError(f"netlink request not sent: {error}") from error
-        return first
-
-    def _answers(self, first: int) -> "_Answers":
-        return _Answers(self._socket, first)
-
-
-class _Answers:
-    """Iterates over the answers to the newest requests, whose sequence numbers begin at `first`."""
-
-    def __init__(self, answering: socket.socket, first: int) -> None:
-        self._socket = answering
-        self._first = first
-        self._ready: list[Message] = []
-        self._reads = 0
-
-    def __iter__(self) -> "_Answers":
-        return self
-
-    def __next__(self) -> Message:
-        while not self._ready:
-            self._reads += 1
-            if self._reads > _ANSWERS_MAX:
-                raise VipError("a netlink answer without an end")
-            try:
-                data = self._socket.recv(_BUFFER_BYTES)
-            except OSError as error:  # would block, too: the kernel answers before send returns
-                raise VipError(f"netlink answer not received: {error}") from error
-            fresh = [m for m in rtnetlink.messages(data) if m.sequence >= self._first]
-            self._ready = fresh[::-1]
-        return self._ready.pop()
-
-
-class _Events:
-    """The event socket: address and link events of this network namespace."""
-
-    def __init__(self) -> None:
-        self._socket = _netlink_socket(rtnetlink.EVENT_GROUPS)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def read(self) -> list[Message]:
-        """The next datagram's events; empty when there is none. Raises OSError on overflow."""
-        try:
-            return list(rtnetlink.messages(self._socket.recv(_BUFFER_BYTES)))
-        except BlockingIOError:
-            return []
-
-
-def _netlink_socket(groups: int) -> socket.socket:
-    opened = socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-    )
-    opened.setblocking(False)
-    opened.bind((0, groups))
-    return opened
 
 
 def remaining_ms(reported_s: int, age_cs: int | None) -> int:
