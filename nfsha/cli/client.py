@@ -1,0 +1,91 @@
+"""Asks the daemon, and turns its answers and its silence into what a command ends with.
+
+Blocks; each question has a time limit. It knows what the commands of the control socket are called
+(`nfsha/daemon/answers.py` answers them), and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nfsha.cli.exits import CommandError, Exit
+from nfsha.cli.setup import load_settings
+from nfsha.host import control
+
+SOCKET_NAME = "nfsha.sock"
+TIMEOUT_S = 35.0
+PROBE_TIMEOUT_S = 1.0
+
+Facts = dict[str, Any]
+
+
+def socket_path(args: argparse.Namespace) -> Path:
+    """The daemon's socket: `--socket`, else the one of the configuration."""
+    if args.socket:
+        return Path(args.socket)
+    try:
+        return load_settings(args).paths.runtime / SOCKET_NAME
+    except CommandError as error:
+        raise CommandError(
+            error.exit,
+            error.message,
+            "a daemon that runs all the same is reached by --socket PATH",
+            error.data,
+        ) from None
+
+
+def status(path: Path) -> Facts:
+    """The node's whole situation, with what the daemon knows beside it."""
+    return dict(_call(path, "status", {})["status"])
+
+
+def events(path: Path, count: int) -> list[Facts]:
+    """The newest events, oldest first."""
+    return list(_call(path, "events", {"n": count})["events"])
+
+
+def follow_events(path: Path, count: int) -> Iterator[Facts]:
+    """The newest events, then each new one, until the daemon ends."""
+    try:
+        yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream("follow", {"n": count})
+    except control.CommandError as error:
+        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+    except control.ControlError as error:
+        raise CommandError(Exit.UNREACHABLE, str(error)) from error
+
+
+def command(path: Path, name: str, args: Mapping[str, object]) -> Facts:
+    """Sends one command of the operator's; returns the row that accepted it, and why.
+
+    Raises CommandError, with exit code 3 when a row refused.
+    """
+    answer = _call(path, name, args)
+    if answer["ok"]:
+        return answer
+    raise CommandError(Exit.REFUSED, f"refused ({answer['row']}): {answer['why']}", data=answer)
+
+
+def answers(path: Path) -> bool:
+    """Does a daemon live at this socket? Raises OSError where that cannot be found out."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(PROBE_TIMEOUT_S)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except (BlockingIOError, TimeoutError):
+            return True  # its queue is full: it lives
+    return True
+
+
+def _call(path: Path, name: str, args: Mapping[str, object]) -> Facts:
+    try:
+        return control.ControlClient(path, timeout_s=TIMEOUT_S).call(name, args)
+    except control.CommandError as error:
+        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+    except control.ControlError as error:
+        raise CommandError(Exit.UNREACHABLE, str(error)) from error

@@ -1,0 +1,307 @@
+"""Shows a node's status and its events as plain text of 80 columns, for people.
+
+Pure: takes what the daemon answered (nfsha/core/describe.py and the daemon say what is in it),
+returns text. Whatever is missing in an answer is left out: daemon and command may differ by one
+version while nfsha is upgraded.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+WIDTH = 80
+_LABEL = 13
+
+Facts = Mapping[str, Any]
+
+_RED, _GREEN, _YELLOW, _BOLD, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
+
+_COLOURS = {
+    "ACTIVE": _GREEN,
+    "PASSIVE": _GREEN,
+    "ISOLATED": _RED,
+    "DIVERGED": _RED,
+    "FAULT": _RED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How text is shown; without colour nothing but printable characters and newlines."""
+
+    colour: bool = False
+
+    def paint(self, text: str, code: str) -> str:
+        """The text in this colour, where colours are wanted."""
+        return f"{code}{text}{_PLAIN}" if self.colour else text
+
+
+def duration(ms: int | None) -> str:
+    """A duration as people say it, in at most two units: `43 ms`, `2 h 3 min`; None is `never`."""
+    if ms is None:
+        return "never"
+    if ms < 1000:
+        return f"{ms} ms"
+    if ms < 10_000:
+        return f"{ms / 1000:.1f} s"
+    total_s = ms // 1000
+    if total_s < 60:
+        return f"{total_s} s"
+    minutes, seconds = divmod(total_s, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def ago(ms: int | None) -> str:
+    """How long ago: `43 ms ago`, or `never`."""
+    return "never" if ms is None else f"{duration(ms)} ago"
+
+
+def printable(text: object) -> str:
+    """The text with everything a terminal might obey replaced."""
+    return "".join(one if one.isprintable() else "?" for one in str(text))
+
+
+# --------------------------------------------------------------------------- status
+
+
+def status(facts: Facts, style: Style) -> str:
+    """One screen: what this node does, why, what it rests on, and what to do next."""
+    lines = [_headline(facts, style)]
+    for label, sentences in _sections(facts):
+        for number, sentence in enumerate(sentences):
+            lines += _labelled(label if number == 0 else "", sentence)
+    lines += _alarms(facts, style)
+    lines += _labelled("next", facts.get("next", ""))
+    return "\n".join(lines)
+
+
+def _headline(facts: Facts, style: Style) -> str:
+    phase = printable(facts["phase"])
+    name = printable(facts.get("name", facts["role"]))
+    text = f"on {name} since {duration(facts['since_ms'])}: {_gist(facts)}"
+    painted = style.paint(phase, _BOLD + _COLOURS.get(phase, _YELLOW))
+    first, *rest = textwrap.wrap(text, WIDTH - len(phase) - 1) or [""]
+    more = textwrap.wrap(" ".join(rest), WIDTH - 2)
+    return "\n".join([f"{painted} {first}", *(f"  {line}" for line in more)])
+
+
+def _gist(facts: Facts) -> str:
+    vips = _vips(facts)
+    if facts.get("stopping"):
+        return f"the daemon is stopping ({facts['stopping']})"
+    if facts["serving"]:
+        return f"serves {vips}"
+    if facts["phase"] == "PASSIVE":
+        return _passive_gist(facts, vips)
+    gists = {
+        "STARTING": "looks at what a former run left",
+        "WAITING": "does not serve, cannot prove yet who may",
+        "TAKEOVER": f"is taking over {vips}",
+        "RETURNED": "does not serve, its data may be old",
+        "ISOLATED": f"does not serve, lost the proof that it may hold {vips}",
+        "DIVERGED": "does not serve, there are two histories",
+        "MAINTENANCE": "does not serve, decides nothing by itself",
+        "FAULT": "does not serve, its own service or storage is broken",
+    }
+    return gists.get(str(facts["phase"]), "does not serve")
+
+
+def _passive_gist(facts: Facts, vips: str) -> str:
+    conditions = _get(facts, "takeover", "conditions") or []
+    able = all(one["ok"] for one in conditions if one["number"] in (2, 3))
+    if _get(facts, "takeover", "promised"):
+        return f"promised not to take over {vips}"
+    return f"ready to take over {vips}" if able else f"could not take over {vips} now"
+
+
+def _vips(facts: Facts) -> str:
+    return printable(", ".join(map(str, facts.get("vips") or ["the VIP"])))
+
+
+def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
+    yield "why", [f"{facts['row']} {facts['why']}" if facts.get("row") else "starting"]
+    yield "epoch", [_epoch_line(facts)]
+    yield "evidence", _evidence_lines(facts)
+    yield "takeover", _takeover_lines(facts)
+    yield "peer", [_peer_line(facts)]
+    yield "promises", _promise_lines(facts)
+    yield "VIP", [_vip_line(facts)]
+    yield "NFS ports", _service_lines(facts)
+    yield "links", [_link_line(one) for one in facts.get("links") or []]
+    yield "witness", _witness_lines(facts)
+    yield "health", [_health_line(facts)]
+    yield "maintenance", ["on (`nfsha maintenance off` ends it)"] if facts["maintenance"] else []
+    yield "replication", [_get(facts, "replication", "text") or "unknown"]
+    yield "scheduling", [facts["scheduling"]] if facts.get("scheduling") else []
+    yield "risks", list(facts.get("risks") or [])
+
+
+def _get(facts: Facts, *names: str) -> Any:  # noqa: ANN401 - JSON of another process
+    value: Any = facts
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _epoch_text(epoch: Facts | None) -> str:
+    return f"{epoch['number']} ({str(epoch['id'])[:8]})" if epoch else "none"
+
+
+def _epoch_line(facts: Facts) -> str:
+    if not facts["epoch"]:
+        return "none yet"
+    here = facts["authority"] == facts["role"]
+    whose = "this node has the truth" if here else f"the {facts['authority']} has the truth"
+    return f"{_epoch_text(facts['epoch'])}, {whose}"
+
+
+def _evidence_lines(facts: Facts) -> list[str]:
+    """Only of the node that has the truth: no other one needs evidence."""
+    if facts["authority"] != facts["role"]:
+        return []
+    words = []
+    for one in facts["evidence"]:
+        text = str(one["kind"]) if one["age_ms"] is None else f"{one['kind']} {ago(one['age_ms'])}"
+        if one["age_ms"] is None and not one["fresh"]:
+            text = f"{one['kind']} never"
+        words.append(f"{text} (counts)" if one["counts"] else text)
+    lines = [", ".join(words)]
+    if facts["lease_remaining_ms"] is not None:
+        lines.append(f"lets it serve for {duration(facts['lease_remaining_ms'])} more")
+    return lines
+
+
+def _takeover_lines(facts: Facts) -> list[str]:
+    """The conditions, where there is something to see: the peer is not serving as it should."""
+    conditions = _get(facts, "takeover", "conditions") or []
+    calm = _get(facts, "peer", "heard") and _get(facts, "peer", "serving")
+    if calm and all(one["ok"] for one in conditions if one["number"] in (2, 3)):
+        return []
+    return [
+        f"{one['number']} {'yes' if one['ok'] else 'no '} {one['name']}: {one['reason']}"
+        for one in conditions
+    ]
+
+
+def _peer_line(facts: Facts) -> str:
+    peer = facts["peer"]
+    if peer["age_ms"] is None:
+        return f"{peer['role']}, not heard since this daemon started"
+    heard = f"heard {ago(peer['age_ms'])}" if peer["heard"] else f"SILENT, {ago(peer['age_ms'])}"
+    was = "" if peer["heard"] else "last "
+    health = "healthy" if peer["healthy"] else "not healthy"
+    serves = ", serves" if peer["serving"] else ""
+    epoch = _epoch_text(peer["epoch"])
+    return f"{peer['role']}, {heard}: {was}{peer['phase']}{serves}, {health}, epoch {epoch}"
+
+
+def _promise_lines(facts: Facts) -> list[str]:
+    promise = facts["promise"]
+    lines = []
+    if promise["own"] != "none":
+        word = "stands" if promise["own"] == "standing" else "is being cleared"
+        lines.append(f"this node's not to take over {word}")
+    if promise["peer"] == "standing":
+        lines.append("the peer's not to take over stands")
+    if promise["peer_down"]:
+        lines.append(f"the peer is taken to be off, by the {promise['peer_down']}'s word")
+    return lines
+
+
+def _vip_line(facts: Facts) -> str:
+    vip = facts["vip"]
+    words = [f"{_vips(facts)} {'held here' if vip['held'] else 'not held here'}"]
+    if facts.get("interface"):
+        words[0] += f" ({facts['interface']})"
+    if not vip["carrier"]:
+        words.append("no carrier")
+    if vip["answered_by"]:
+        words.append(f"{vip['answered_by']} answers for it")
+    return ", ".join(words)
+
+
+def _service_lines(facts: Facts) -> list[str]:
+    service = facts.get("service_lease")
+    if not service:
+        return []
+    text = "open at the VIP" if service.get("open") else "closed"
+    if service.get("open") and service.get("remaining_ms") is not None:
+        text += f" for {duration(service['remaining_ms'])} more"
+    if service.get("backend"):
+        text += f" ({service['backend']})"
+    return [text]
+
+
+def _link_line(link: Facts) -> str:
+    name = printable(link["name"])[:12]
+    heard = ago(link.get("last_heard_ms"))
+    counts = [f"{link[key]} {key}" for key in ("sent", "received", "refused") if key in link]
+    return ", ".join([f"{name}: heard {heard}", *counts])
+
+
+def _witness_lines(facts: Facts) -> list[str]:
+    witness = facts.get("witness")
+    if not witness:
+        return []
+    names = ", ".join(map(str, witness.get("names") or [])) or "the gateway"
+    if witness.get("last_answer_ms") is None:
+        return [f"{names}: not asked while the peer is heard"]
+    return [f"{names}: answered {ago(witness['last_answer_ms'])}"]
+
+
+def _health_line(facts: Facts) -> str:
+    fit, reason = facts["health"]["fit"], facts["health"]["reason"]
+    if fit:
+        return "own NFS service and storage are sound"
+    return f"{'NOT SOUND' if fit is False else 'not known yet'}: {reason}"
+
+
+def _alarms(facts: Facts, style: Style) -> list[str]:
+    alarms = facts["alarms"]
+    if not alarms:
+        return _labelled("alarms", "none")
+    lines: list[str] = []
+    for number, alarm in enumerate(alarms):
+        wrapped = _labelled("ALARMS" if number == 0 else "", f"{alarm['name']}: {alarm['text']}")
+        lines += [style.paint(line, _RED) for line in wrapped]
+    return lines
+
+
+def _labelled(label: str, text: object) -> list[str]:
+    start = f"{label}: " if label else ""
+    return textwrap.wrap(
+        printable(text),
+        WIDTH,
+        initial_indent=f"{start:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_on_hyphens=False,
+    )
+
+
+# --------------------------------------------------------------------------- events, answers
+
+
+def events(listed: Iterable[Facts]) -> str:
+    """The events, oldest first, each with its time, rule, change and reason."""
+    return "\n".join(event(one) for one in listed) or "no events yet"
+
+
+def event(one: Facts) -> str:
+    """One event: the first line says what, the second (if there is one) the numbers behind it."""
+    change = f"{one['phase']} -> {one['to']}" if one["phase"] != one["to"] else str(one["phase"])
+    lines = [printable(f"{one['wall']} {one['row']:<4} {change}: {one['why']}")]
+    if one.get("detail"):
+        lines.append(printable(f"    {one['detail']}"))
+    return "\n".join(lines)
+
+
+def paragraph(text: str) -> str:
+    """The text in lines of at most 80 columns."""
+    return textwrap.fill(printable(text), WIDTH)
