@@ -237,8 +237,11 @@ class AddressDriver:
         """Takes the VIPs that an earlier run left on the interface as our lease, unrenewed.
 
         Its end is reckoned, never too late, from the rest that the kernel shows. Unless every VIP
-        is there with a finite life, nothing is adopted and nothing is touched.
+        is there with a finite life, nothing is adopted and nothing is touched. Only for a driver
+        that holds no lease yet.
         """
+        if self._lease_end_ms is not None:
+            raise RuntimeError("there is a lease already")
         started_ms = self._clock_ms()
         try:
             self._drain_events(quiet=True)
@@ -449,7 +452,8 @@ class AddressDriver:
                 self._lose(NoticeKind.PERMANENT, entry.address, detail)
             else:
                 self._tell_now_and_then(NoticeKind.PERMANENT, entry.address, detail)
-        elif self._lease_end_ms is None:
+        elif self._lease_end_ms is None and not self._lost:
+            # After a lost lease it may be the echo of our own: IPv6 tells of an addition late.
             detail = f"added by another program, for {entry.valid_s} s"
             self._tell_now_and_then(NoticeKind.ADDED, entry.address, detail)
 

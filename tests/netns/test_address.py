@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
+from nfsha.vip import rtnetlink
 from nfsha.vip.address import (
     AddressDriver,
     AddressNotice,
@@ -426,6 +427,22 @@ def test_an_announced_absence_lasts_as_long_as_it_says(bench: Bench) -> None:
         assert {str(i["valid_life_time"]) for i in bench.shown().values()} <= {"7", "8"}
         assert (await driver.renew(FAR_MS)).held
         assert {str(i["valid_life_time"]) for i in bench.shown().values()} <= {"1", "2"}
+
+    bench.run(body)
+
+
+def test_a_late_echo_of_our_own_addition_is_no_notice(bench: Bench) -> None:
+    """A busy kernel tells of an added IPv6 address late, and never by whom: seen under load."""
+
+    async def body(driver: AddressDriver) -> None:
+        assert (await driver.add(FAR_MS)).held
+        bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
+        await bench.noticed(NoticeKind.REMOVED, V4)
+        assert driver._link is not None
+        echo = rtnetlink.frame(rtnetlink.add_address(driver._link.index, V6, 2), 0)
+        for message in rtnetlink.messages(echo):
+            driver._on_event(message, quiet=False)
+        assert [notice.vip for notice in bench.notices] == [V4]
 
     bench.run(body)
 
