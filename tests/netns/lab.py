@@ -21,15 +21,17 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 from tests.netns.labkit import kernel, registry, wall_clock
+from tests.netns.labkit.forge import send_forged
 from tests.netns.labkit.network import PLACES, VIP, Switch
 from tests.netns.labkit.nfs_server import make_disks
-from tests.netns.labkit.observe import Observations, Observer
+from tests.netns.labkit.observe import Datagram, Hold, Observations, Observer
 from tests.netns.labkit.place import LabError, Place
 from tests.netns.labkit.prober import NullProber
 from tests.netns.labkit.records import RecordWriter, read_records
@@ -69,6 +71,7 @@ class Lab:
         self._switch: Switch | None = None
         self._places: dict[str, Place] = {}
         self._observer: Observer | None = None
+        self._made_ns = kernel.now_ns()
 
     def __enter__(self) -> Self:
         self.up()
@@ -131,16 +134,17 @@ class Lab:
 
     def close(self) -> None:
         """Removes everything. Idempotent."""
-        for place in self._places.values():
-            place.power_cut()
-        self._places.clear()
-        if self._observer is not None:
-            self._observer.stop()
-            self._observer = None
-        self._switch = None
-        if self._description is not None:
-            registry.remove(self._description)
-            self._description = None
+        try:
+            for place in self._places.values():
+                place.power_cut()
+            if self._observer is not None:
+                self._observer.stop()
+        finally:
+            self._places.clear()
+            self._observer = self._switch = None
+            if self._description is not None:
+                registry.remove(self._description)
+                self._description = None
 
     @property
     def description(self) -> Description:
@@ -224,12 +228,17 @@ class Lab:
         if isinstance(place, StorageNode):
             place.nfs.start()
 
-    def power_cut(self, name: str) -> None:
-        """Node death: first its wires (no FIN, no farewell), then all its processes, by SIGKILL."""
+    def power_cut(self, name: str) -> int:
+        """Node death: first its wires (no FIN, no farewell), then all its processes, by SIGKILL.
+
+        Returns when the wires were gone (CLOCK_BOOTTIME, ns).
+        """
         self.switch.detach(name)
+        dead_ns = kernel.now_ns()
         if self._observer is not None and name in STORAGE:
             self._observer.forget(name)
         self._places[name].power_cut()
+        return dead_ns
 
     @staticmethod
     def wall_clock_stepped(seconds: float) -> AbstractContextManager[None]:
@@ -298,6 +307,26 @@ class Lab:
         """Writes a node's configuration (default: node_config of its role) and the pair's key."""
         self.node(name).write_config(config or node_config(ROLES[name]), self.key)
 
+    def start_daemons(self, *names: str) -> None:
+        """Starts nfsha on these nodes (default: both); one without a configuration gets its own."""
+        for name in names or STORAGE:
+            node = self.node(name)
+            if not node.path("/etc/nfsha/nfsha.toml").exists():
+                self.configure(name)
+            node.start_daemon()
+
+    def wait_holder(self, name: str, *, address: str = VIP, timeout_s: float = 10.0) -> Hold:
+        """Waits until this node, and no other, holds the address. Raises LabError."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            seen = self.look()
+            if seen.holders(address) == {name}:
+                return next(hold for hold in seen.holds(address) if hold.open)
+            if time.monotonic() > deadline:
+                said = seen.render(address, self._made_ns)
+                raise LabError(f"{name} does not hold {address} after {timeout_s} s\n{said}")
+            time.sleep(0.01)
+
     # The client
 
     def write_records(
@@ -323,6 +352,11 @@ class Lab:
     def probe(self, *, server: str = VIP, interval_ms: float = 5.0) -> NullProber:
         """Starts a prober in c: a fresh RPC NULL on a new connection every interval_ms."""
         return NullProber(self.c, server=server, interval_ms=interval_ms)
+
+    def inject(self, name: str, datagram: Datagram) -> None:
+        """Sends a datagram that was seen, from another place, under its old source address."""
+        place = next(one for one in self.places if one.name == name)
+        place.inside(lambda: send_forged(datagram))
 
     def read_records(
         self, *, server: str = VIP, path: str = "/records", cap_s: float = 10.0

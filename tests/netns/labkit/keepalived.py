@@ -65,7 +65,11 @@ class Keepalived:
         self.process.stop()
 
     def kill(self) -> None:
-        """SIGKILL to parent and child at once: the address stays on the interface."""
+        """SIGKILL to parent and child as if at once: the address stays on the interface.
+
+        Stopped first: the child that sees its parent die would give the address away.
+        """
+        self.freeze()
         self._signal_all(signal.SIGKILL)
         self.process.wait(10.0)
 

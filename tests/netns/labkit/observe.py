@@ -256,6 +256,8 @@ class Observer:
 
     def __init__(self, lab_name: str, switch: Path, file: Path) -> None:
         self._file = file
+        self._read_to = 0
+        self._events: list[Event] = []
         self._commands = 0
         self._log = file.with_name("observer.log").open("a")
         self._process = subprocess.Popen(
@@ -287,8 +289,11 @@ class Observer:
         """Everything that was seen until this moment."""
         now_ns = kernel.now_ns()
         self._command(do="sync")
-        with self._file.open() as file:
-            return Observations([json.loads(line) for line in file], now_ns)
+        with self._file.open("rb") as file:
+            file.seek(self._read_to)
+            self._events += [json.loads(line) for line in file]
+            self._read_to = file.tell()
+        return Observations(self._events, now_ns)
 
     def stop(self) -> None:
         """Ends the process. Idempotent."""

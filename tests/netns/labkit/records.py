@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from tests.netns.labkit import kernel
 from tests.netns.labkit.network import VIP
@@ -87,10 +86,20 @@ class RecordWriter:
         self._process: Process = place.spawn(argv, name=self._lines.stem)
         self._process.log.rename(self._lines)
         self._process.log = self._lines
+        self._read_to = 0
+        self._known: list[Attempt] = []
 
     def so_far(self) -> Records:
         """The records whose fate is known by now."""
-        return Records(_parse(self._lines))
+        with self._lines.open("rb") as file:
+            file.seek(self._read_to)
+            for line in file:
+                if not line.endswith(b"\n"):  # being written
+                    break
+                self._read_to += len(line)
+                if line.startswith(b"{"):
+                    self._known.append(Attempt(**json.loads(line)))
+        return Records(tuple(self._known))
 
     def wait_acked(self, count: int, timeout_s: float = 30.0) -> Records:
         """Waits for so many more acknowledged records than now. Raises LabError after timeout_s."""
@@ -110,14 +119,6 @@ class RecordWriter:
             self._process.signal(signal.SIGTERM)
             self._process.wait(self._cap_s + 5.0)
         return self.so_far()
-
-
-def _parse(file: Path) -> tuple[Attempt, ...]:
-    attempts = []
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and line.startswith("{"):
-            attempts.append(Attempt(**json.loads(line)))
-    return tuple(attempts)
 
 
 def read_records(
