@@ -405,7 +405,7 @@ class RenewAddress:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
-    """Takes the VIP off the interface: `AddressChanged`; repeated until the kernel shows it gone."""
+    """Takes the VIP off the interface: `AddressChanged`; repeated until it is gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,155 @@
+"""Serves the control socket: what operators ask, and what they are told.
+
+Every answer is plain JSON. Commands that change something go through the engine, as any other
+input; who gave them is logged from the kernel's word (SO_PEERCRED).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from typing import Any
+
+from nfsha import __version__
+from nfsha.config import warnings
+from nfsha.core.describe import situation
+from nfsha.core.model import CommandKind, Role
+from nfsha.daemon.shell import Shell
+from nfsha.host.control import CommandError, ControlServer, Credentials
+from nfsha.host.scheduling import Scheduling
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME = "nfsha.sock"
+MAX_EVENTS = 1000
+CONTROL_TIMEOUT_S = 10.0
+
+Facts = dict[str, Any]
+
+
+class Answers:
+    """The control socket of one daemon."""
+
+    def __init__(self, shell: Shell, scheduling: Scheduling) -> None:
+        self._shell = shell
+        self._scheduling = scheduling
+        settings = shell.world.settings
+        self._started_ms = shell.world.clock_ms()
+        self._server = ControlServer(
+            settings.paths.runtime / SOCKET_NAME,
+            self._answer,
+            streams={"follow": self._follow},
+            group=settings.control_group,
+            answer_timeout_s=CONTROL_TIMEOUT_S,
+        )
+
+    async def start(self) -> None:
+        """Begins to listen. Raises ControlError when another daemon lives here."""
+        await self._server.start()
+
+    async def close(self) -> None:
+        """Ends all conversations."""
+        await self._server.close()
+
+    async def _answer(self, command: str, args: Facts, who: Credentials) -> Facts:
+        match command:
+            case "status":
+                return {"status": self._status()}
+            case "events":
+                return {"events": self._events(args)}
+            case "activate":
+                return await self._obey(who, CommandKind.ACTIVATE, force=_flag(args, "force"))
+            case "maintenance":
+                on = _flag(args, "on")
+                kind = CommandKind.MAINTENANCE_ON if on else CommandKind.MAINTENANCE_OFF
+                return await self._obey(who, kind)
+            case "confirm-peer-down":
+                return await self._obey(who, CommandKind.CONFIRM_PEER_DOWN)
+            case "resolve":
+                return await self._obey(who, CommandKind.RESOLVE, keep=_role(args))
+            case _:
+                raise CommandError(f"the daemon knows no command {command[:40]!r}")
+
+    async def _obey(self, who: Credentials, kind: CommandKind, **options: object) -> Facts:
+        if self._shell.engine is None:
+            raise CommandError("the daemon is still starting: repeat in a moment")
+        reply = await self._shell.command(kind, **options)
+        word = "accepted" if reply.accepted else "refused"
+        log.warning("%s asked for %s: %s, %s (%s)", who, kind, word, reply.why, reply.row)
+        return {"ok": reply.accepted, "row": reply.row, "why": reply.why}
+
+    def _events(self, args: Facts) -> list[Facts]:
+        count = args.get("n", 50)
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_EVENTS:
+            raise CommandError(f"n is {count!r}: a number from 0 to {MAX_EVENTS} is expected")
+        return [asdict(event) for event in self._shell.world.events.tail(count)]
+
+    async def _follow(
+        self, _command: str, args: Facts, _who: Credentials
+    ) -> AsyncGenerator[Facts, None]:
+        self._events(args)  # refuses a bad count before anything is sent
+        try:
+            async for event in self._shell.world.events.follow(int(args.get("n", 0))):
+                yield asdict(event)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+    def _status(self) -> Facts:
+        engine = self._shell.engine
+        if engine is None:
+            raise CommandError("the daemon is still starting: repeat in a moment")
+        world = self._shell.world
+        settings = world.settings
+        now_ms = world.clock_ms()
+        health = world.last_health
+        return {
+            **situation(engine.state, now_ms),
+            "node": settings.name,
+            "version": __version__,
+            "vips": [str(vip) for vip in settings.vips],
+            "interface": settings.interface,
+            "links": self._links(now_ms),
+            "witness": self._witness(now_ms),
+            "service_lease": {
+                "backend": settings.firewall.backend,
+                "has_lease": settings.firewall.service_lease,
+                "open": engine.state.service_open,
+            },
+            "warnings": list(health.warnings) if health is not None else [],
+            "scheduling": "; ".join(self._scheduling.words),
+            "risks": list(warnings(settings)),
+            "uptime_ms": now_ms - self._started_ms,
+        }
+
+    def _links(self, now_ms: int) -> list[Facts]:
+        counters = self._shell.world.links.counters()
+        found = []
+        for link in self._shell.world.settings.links:
+            facts = asdict(counters[link.name])
+            heard_ms = facts["last_heard_ms"]
+            facts["last_heard_ms"] = None if heard_ms is None else now_ms - heard_ms
+            found.append({"name": link.name, "peer": str(link.peer), **facts})
+        return found
+
+    def _witness(self, now_ms: int) -> Facts:
+        engine = self._shell.engine
+        answered_ms = engine.state.witness_ms if engine is not None else -1
+        return {
+            "names": list(self._shell.world.witness_names()),
+            "last_answer_ms": now_ms - answered_ms if answered_ms >= 0 else None,
+        }
+
+
+def _flag(args: Facts, key: str) -> bool:
+    value = args.get(key, False)
+    if not isinstance(value, bool):
+        raise CommandError(f"{key} is {value!r}: true or false is expected")
+    return value
+
+
+def _role(args: Facts) -> Role:
+    value = args.get("keep")
+    if value not in set(Role):
+        raise CommandError(f"keep is {value!r}: primary or standby is expected")
+    return Role(str(value))

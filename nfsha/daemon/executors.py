@@ -1,0 +1,199 @@
+"""Carries actions out: exactly one executor for each type of action.
+
+An executor checks the goal, acts, and verifies; its result returns to the inbox under the action's
+number. Actions on the two locks run strictly one after the other, in the order in which they were
+ordered; the others stand on their own. Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from nfsha.core import model
+from nfsha.core.model import Numbered, Result
+from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.world import World
+from nfsha.host.journal import JournalError, encode_journal
+from nfsha.vip.address import LeaseResult
+from nfsha.vip.freeze import FirewallError, LeaseOutcome
+from nfsha.vip.route_socket import VipError
+
+log = logging.getLogger(__name__)
+
+LockAction = (
+    model.AddAddress
+    | model.RenewAddress
+    | model.RemoveAddress
+    | model.OpenService
+    | model.RenewService
+    | model.CloseService
+    | model.ExtendLeases
+)
+
+MAX_LOCK_QUEUE = 64
+MAX_TASKS = 32
+
+
+class Executors:
+    """The hands of the engine."""
+
+    def __init__(self, world: World, inbox: Inbox, leave: Callable[[str], None]) -> None:
+        self._world = world
+        self._inbox = inbox
+        self._leave = leave
+        self._locks: deque[tuple[int, LockAction]] = deque(maxlen=MAX_LOCK_QUEUE)
+        self._locks_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def perform(self, numbered: Numbered) -> None:
+        """Starts one action; its result, if it has one, comes to the inbox."""
+        action = numbered.action
+        match action:
+            case model.SendHeartbeat():
+                self._world.links.send(action.datagram)
+            case model.AskWitness():
+                self._world.witness.ask()
+            case model.Announce():
+                self._world.announcer.announce()
+            case model.Exit():
+                self._after_locks(action.reason)
+            case model.Persist():
+                self._start(numbered, self._persist(action))
+            case model.Survey():
+                self._start(numbered, self._survey())
+            case (
+                model.AddAddress()
+                | model.RenewAddress()
+                | model.RemoveAddress()
+                | model.OpenService()
+                | model.RenewService()
+                | model.CloseService()
+                | model.ExtendLeases()
+            ):
+                self._lock(numbered.number, action)
+            case model.TakeToken() | model.DropToken() | model.PublishRecord() | model.Fence():
+                raise AssertionError(f"{type(action).__name__} without a token or fence agent")
+
+    async def settle(self) -> None:
+        """Waits until no action is under way."""
+        while self._locks_task is not None or self._tasks:
+            pending = [*self._tasks]
+            if self._locks_task is not None:
+                pending.append(self._locks_task)
+            await asyncio.wait(pending)
+
+    # ------------------------------------------------------------- one by one
+
+    def _start(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
+        task = asyncio.ensure_future(self._report(numbered, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()
+
+    async def _report(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
+        result = await work
+        self._inbox.put(model.Completed(numbered.number, result))
+
+    async def _persist(self, action: model.Persist) -> Result:
+        try:
+            await self._world.journal.save_async(encode_journal(action.journal))
+        except JournalError as error:
+            log.error("%s", error)
+            return model.PersistFailed(str(error))
+        return model.Persisted(action.journal)
+
+    async def _survey(self) -> Result:
+        settings = self._world.settings
+        found = await self._world.announcer.survey(
+            settings.vips, self._world.others(), over_ms=settings.timing.survey_ms
+        )
+        answered = next(iter(found.answered.values()), None)
+        return model.Surveyed(found.started_ms, found.ended_ms, answered, found.heard_other)
+
+    # ------------------------------------------------------------- the two locks, in order
+
+    def _lock(self, number: int, action: LockAction) -> None:
+        self._locks.append((number, action))
+        if self._locks_task is None:
+            self._locks_task = asyncio.ensure_future(self._run_locks())
+            self._locks_task.add_done_callback(self._locks_finished)
+
+    def _locks_finished(self, task: asyncio.Task[None]) -> None:
+        self._locks_task = None
+        if not task.cancelled():
+            task.result()
+
+    async def _run_locks(self) -> None:
+        while self._locks:
+            number, action = self._locks.popleft()
+            result = await self._on_lock(action)
+            if result is not None:
+                self._inbox.put(model.Completed(number, result))
+
+    async def _on_lock(self, action: LockAction) -> Result | None:
+        try:
+            match action:
+                case model.AddAddress() | model.RenewAddress() | model.RemoveAddress():
+                    return await self._on_address(action)
+                case model.OpenService() | model.RenewService():
+                    return await self._on_service(action)
+                case model.CloseService():
+                    self._world.announcer.silence()
+                    await self._world.lease.close()
+                case model.ExtendLeases():
+                    await self._extend(action.deadline_ms)
+        except VipError as error:
+            log.error("%s", error)
+            return model.LeaseLost("address", str(error))
+        except FirewallError as error:
+            log.error("%s", error)
+            return model.LeaseLost("service", str(error))
+        return None
+
+    async def _on_address(
+        self, action: model.AddAddress | model.RenewAddress | model.RemoveAddress
+    ) -> Result:
+        address = self._world.address
+        match action:
+            case model.RemoveAddress():
+                await address.remove()
+                return model.AddressChanged(held=False)
+            case model.AddAddress():
+                return _lease("address", await address.add(action.deadline_ms))
+            case model.RenewAddress():
+                return _lease("address", await address.renew(action.deadline_ms))
+
+    async def _on_service(self, action: model.OpenService | model.RenewService) -> Result:
+        lease = self._world.lease
+        if isinstance(action, model.OpenService):
+            return _lease("service", await lease.open(action.deadline_ms))
+        return _lease("service", await lease.renew(action.deadline_ms))
+
+    async def _extend(self, deadline_ms: int) -> None:
+        """Both leases to the end of the absence; the address in whole seconds, rounded down."""
+        rest_ms = deadline_ms - self._world.clock_ms()
+        if rest_ms < self._world.settings.timing.address_lease_ms:
+            return
+        await self._world.lease.renew(deadline_ms)
+        await self._world.address.extend(rest_ms // 1000, deadline_ms)
+
+    def _after_locks(self, reason: str) -> None:
+        task = asyncio.ensure_future(self._leave_when_done(reason))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def _leave_when_done(self, reason: str) -> None:
+        while self._locks_task is not None:
+            await asyncio.wait([self._locks_task])
+        self._leave(reason)
+
+
+def _lease(lock: str, outcome: LeaseResult | LeaseOutcome) -> Result:
+    return model.LeaseHeld(lock) if outcome.held else model.LeaseLost(lock, outcome.why)

@@ -1,0 +1,46 @@
+"""The one inbox: everything that happens becomes an input of the engine, in order of arrival."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from nfsha.core.model import Input
+
+MAX_INPUTS = 4096
+"""More than a minute of a peer's datagrams; what is beyond is dropped, the oldest first."""
+
+
+class Inbox:
+    """Inputs that wait for the next turn, and the bell that calls for one."""
+
+    def __init__(self) -> None:
+        self._inputs: deque[Input] = deque(maxlen=MAX_INPUTS)
+        self._bell = asyncio.Event()
+
+    def put(self, what: Input) -> None:
+        """Takes one input and calls for a turn."""
+        self._inputs.append(what)
+        self._bell.set()
+
+    def take(self) -> list[Input]:
+        """Returns all that waits, oldest first, and forgets it."""
+        taken = list(self._inputs)
+        self._inputs.clear()
+        self._bell.clear()
+        return taken
+
+    async def wait(self, timeout_s: float) -> None:
+        """Returns when there is something to take, or after the timeout."""
+        if self._inputs or timeout_s <= 0:
+            await asyncio.sleep(0)
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._bell.wait()
+        except TimeoutError:
+            return
+
+    def ring(self) -> None:
+        """Calls for a turn without an input."""
+        self._bell.set()

@@ -1,0 +1,77 @@
+"""Starts and ends the daemon, and turns what can go wrong into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from nfsha.config import Settings, warnings
+from nfsha.core.invariants import BrokenInvariantError
+from nfsha.daemon.answers import Answers
+from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.shell import Shell
+from nfsha.daemon.world import World
+from nfsha.host.control import ControlError
+from nfsha.host.journal import JournalError
+from nfsha.host.scheduling import Scheduling, apply_scheduling
+from nfsha.host.systemd import Systemd
+from nfsha.peer.keys import KeyFileError
+from nfsha.peer.links import LinkSetupError
+from nfsha.peer.witness import WitnessError
+from nfsha.vip.freeze import FirewallError
+from nfsha.vip.route_socket import VipError
+
+log = logging.getLogger(__name__)
+
+
+class DaemonError(Exception):
+    """The daemon cannot run here: one sentence with the remedy."""
+
+
+def run(settings: Settings) -> int:
+    """Runs the daemon until it is told to end; returns the process's exit code.
+
+    Raises DaemonError when something that it needs cannot be had.
+    """
+    logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(message)s")
+    scheduling = apply_scheduling(
+        realtime=settings.scheduling.realtime, lock_memory=settings.scheduling.lock_memory
+    )
+    for words in (*scheduling.words, *warnings(settings)):
+        log.info("%s", words)
+    try:
+        return asyncio.run(_run(settings, scheduling))
+    except (
+        ControlError,
+        FirewallError,
+        JournalError,
+        KeyFileError,
+        LinkSetupError,
+        VipError,
+        WitnessError,
+        OSError,
+    ) as error:
+        raise DaemonError(str(error)) from error
+    except BrokenInvariantError as error:
+        raise DaemonError(
+            f"an invariant does not hold: {error}. The daemon stops, the leases in the kernel end; "
+            "please report this with the output of `nfsha events`"
+        ) from error
+
+
+async def _run(settings: Settings, scheduling: Scheduling) -> int:
+    inbox = Inbox()
+    systemd = Systemd()
+    world = World(settings, inbox)
+    shell = Shell(world, inbox, systemd)
+    answers = Answers(shell, scheduling)
+    try:
+        await answers.start()
+        reason = await shell.run()
+        log.info("the daemon ends: %s", reason)
+    finally:
+        await shell.close()
+        await answers.close()
+        await world.close()
+        systemd.close()
+    return 0

@@ -1,0 +1,155 @@
+"""The loop of the daemon: drain, decide, act; once more when something happens or time is due.
+
+A turn is whole: the sockets are drained before any timer is looked at, one decision is made on one
+snapshot, its actions are handed out in order. Only a whole turn feeds systemd's watchdog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+
+from nfsha.core.engine import Decision, Engine, begin
+from nfsha.core.model import Command, CommandKind, Fired, Phase, Reply
+from nfsha.daemon.executors import Executors
+from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.world import World, new_session
+from nfsha.host.systemd import Systemd, own_unit, stop_is_restart
+
+log = logging.getLogger(__name__)
+
+LEAVE_WITHIN_S = 3.0
+"""A stopping daemon whose engine does not come to an end is ended after this time."""
+
+
+class Shell:
+    """One daemon: the engine, its hands, and its ears."""
+
+    def __init__(self, world: World, inbox: Inbox, systemd: Systemd) -> None:
+        self.world = world
+        self.inbox = inbox
+        self.systemd = systemd
+        self.engine: Engine | None = None
+        self._executors = Executors(world, inbox, self._leave)
+        self._left = ""
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._next_command = 1
+        self._logged_row = ""
+        self._stop_task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------- the loop
+
+    async def run(self) -> str:
+        """Runs until the engine lets the daemon end; returns the reason.
+
+        Raises what a driver raises at its start, and BrokenInvariantError.
+        """
+        remembered = self.world.remember()
+        adopted = await self.world.start()
+        clock_ms = self.world.clock_ms
+        self.engine = Engine(
+            begin(
+                self.world.core_config(),
+                new_session(),
+                clock_ms(),
+                journal=remembered.journal,
+                corrupt=remembered.corrupt,
+                address_held=adopted,
+            )
+        )
+        if remembered.corrupt:
+            log.error("the journal is corrupt and was kept aside: %s", remembered.corrupt)
+        self._listen_for_signals()
+        self._turn(self.engine)
+        self.systemd.ready()
+        while not self._left:
+            wait_ms = self.engine.wake_at_ms() - clock_ms()
+            await self.inbox.wait(wait_ms / 1000)
+            self._turn(self.engine)
+        await self._executors.settle()
+        return self._left
+
+    def _turn(self, engine: Engine) -> None:
+        self.world.drain()
+        now_ms = self.world.clock_ms()
+        decision = engine.turn(self.inbox.take(), now_ms)
+        for numbered in decision.actions:
+            self._executors.perform(numbered)
+        self._tell(decision, now_ms)
+        self.systemd.watchdog(now_ms)
+
+    def _leave(self, reason: str) -> None:
+        self._left = reason
+        self.inbox.ring()
+
+    # ------------------------------------------------------------- telling
+
+    def _tell(self, decision: Decision, now_ms: int) -> None:
+        for fired in decision.fired:
+            self._record(fired)
+        state = decision.state
+        if state.row != self._logged_row:
+            known = any(fired.row == state.row for fired in decision.fired)
+            self._logged_row = state.row
+            if not known:
+                self._record(Fired(now_ms, state.row, state.phase, state.phase, state.why))
+            self.systemd.status(f"{state.phase}: {state.why}")
+        for reply in decision.replies:
+            waiting = self._replies.pop(reply.number, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(reply)
+
+    def _record(self, fired: Fired) -> None:
+        level = logging.INFO if fired.phase is not fired.to else logging.DEBUG
+        if fired.to in (Phase.ISOLATED, Phase.FAULT, Phase.DIVERGED) and fired.phase != fired.to:
+            level = logging.WARNING
+        moved = f"{fired.phase} -> {fired.to}" if fired.phase is not fired.to else f"{fired.to}"
+        log.log(level, "%s %s: %s (%s)", fired.row, moved, fired.why, fired.detail or "no change")
+        self.world.events.append(
+            at_ms=fired.at_ms,
+            row=fired.row,
+            phase=fired.phase,
+            to=fired.to,
+            why=fired.why,
+            detail=fired.detail,
+        )
+
+    # ------------------------------------------------------------- commands
+
+    async def command(self, kind: CommandKind, **options: object) -> Reply:
+        """Puts a command to the engine and waits for its answer of the next turn."""
+        number = self._next_command
+        self._next_command += 1
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[number] = answer
+        self.inbox.put(Command(kind, number, **options))  # type: ignore[arg-type]
+        return await answer
+
+    def _listen_for_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_end)
+
+    def _asked_to_end(self) -> None:
+        if self._stop_task is None:
+            self.systemd.stopping()
+            self._stop_task = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        restart = await stop_is_restart(own_unit())
+        kind = CommandKind.RESTART if restart else CommandKind.STOP
+        reply = await self.command(kind)
+        log.info("%s: %s", reply.row, reply.why)
+        await asyncio.sleep(LEAVE_WITHIN_S)
+        if not self._left:
+            log.error("the engine did not come to an end within %.0f s", LEAVE_WITHIN_S)
+            self._leave("ended by force")
+
+    async def close(self) -> None:
+        """Ends what the shell itself started."""
+        if self._stop_task is not None:
+            self._stop_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._stop_task

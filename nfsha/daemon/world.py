@@ -1,0 +1,266 @@
+"""The drivers of this node, made from its settings, and what they tell turned into inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nfsha.config import IPAddress, Link, Settings
+from nfsha.core import model
+from nfsha.core.model import CoreConfig, Datagram, Journal
+from nfsha.daemon.inbox import Inbox
+from nfsha.host.clock import boot_id, now_ms
+from nfsha.host.events import EventLog
+from nfsha.host.journal import JournalCorruptError, JournalFile, decode_journal
+from nfsha.host.scheduling import raise_this_thread
+from nfsha.nfs.service import Health, Service, ServiceHealth
+from nfsha.peer import keys
+from nfsha.peer.links import Links, LinkSpec
+from nfsha.peer.wire import Wire
+from nfsha.peer.witness import Witness
+from nfsha.vip import freeze
+from nfsha.vip.address import AddressDriver, AddressNotice, NoticeKind
+from nfsha.vip.announce import Announcer
+from nfsha.vip.freeze import Firewall, FirewallError, Guarded, ServiceLease
+
+log = logging.getLogger(__name__)
+
+INTACT_EVERY_S = 0.4
+"""How often the firewall's rules are looked at; a foreign flush is repaired within 1 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the journal said at the start."""
+
+    journal: Journal | None
+    corrupt: str
+
+
+class World:
+    """All drivers of this node. `start` opens them, `close` gives them back; leases stay."""
+
+    def __init__(self, settings: Settings, inbox: Inbox) -> None:
+        self.settings = settings
+        self.clock_ms: Callable[[], int] = now_ms
+        self._inbox = inbox
+        state = settings.paths.state
+        self.journal = JournalFile(state / "journal", thread_setup=self._thread_setup())
+        self.events = EventLog(state / "events.jsonl")
+        wire = Wire(keys.load(settings.paths.key), settings.role)
+        self.links = Links(
+            [_link_spec(link) for link in settings.links],
+            wire.seal,
+            wire.open,
+            self._deliver,
+            self.clock_ms,
+        )
+        self.address = AddressDriver(
+            settings.interface,
+            settings.vips,
+            settings.timing.address_lease_ms,
+            self.clock_ms,
+            self._address_notice,
+        )
+        self.announcer = Announcer(settings.interface, settings.vips, self.clock_ms, self._claimed)
+        self.witness = Witness(
+            settings.interface,
+            settings.witness.hosts,
+            gateway=settings.witness.gateway,
+            answered=self._witness_answered,
+            clock_ms=self.clock_ms,
+        )
+        self.health = _service_health(settings)
+        self.last_health: Health | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._chosen: ServiceLease | None = None
+
+    @property
+    def lease(self) -> ServiceLease:
+        """The service lease; there from `start` on."""
+        if self._chosen is None:
+            raise RuntimeError("the world is not started")
+        return self._chosen
+
+    def core_config(self) -> CoreConfig:
+        """What the decisions need to know of the settings and of this boot."""
+        return CoreConfig(
+            role=self.settings.role,
+            boot_id=boot_id(),
+            timings=self.settings.timing,
+            service_lease=self.settings.firewall.service_lease,
+            start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
+        )
+
+    def others(self) -> Sequence[IPAddress]:
+        """Who else may answer on the VIP's interface: the witnesses and the peer's addresses."""
+        found = [*self.witness.addresses(), *(link.peer for link in self.settings.links)]
+        return tuple(dict.fromkeys(found))
+
+    def witness_names(self) -> Sequence[str]:
+        """The witnesses as an operator knows them."""
+        gateway = ["the gateway"] if self.settings.witness.gateway else []
+        return [*gateway, *map(str, self.settings.witness.hosts)]
+
+    def remember(self) -> Remembered:
+        """Reads the journal. Raises JournalError when the disk cannot tell."""
+        loaded = self.journal.load()
+        if loaded.document is None:
+            return Remembered(None, loaded.corrupt or "")
+        try:
+            return Remembered(decode_journal(loaded.document), "")
+        except JournalCorruptError as error:
+            return Remembered(None, str(error))
+
+    async def start(self) -> bool:
+        """Opens every driver, the firewall first and closed. Returns True if a VIP was adopted.
+
+        Raises FirewallError, VipError, LinkSetupError and the like: one clear sentence each.
+        """
+        self.events.start()
+        self._chosen = await freeze.choose(
+            Firewall(self.settings.firewall.backend), self._guarded(), self.clock_ms
+        )
+        await self._chosen.install()
+        await self.address.start()
+        adopted = (await self.address.adopt()).held
+        self._inbox.put(model.CarrierChanged(self.address.link_ready))
+        await self.announcer.start()
+        await self.witness.start()
+        await self.links.start()
+        self._watch_firewall()
+        self._tasks = [
+            asyncio.ensure_future(self.health.run(self._health_report)),
+            asyncio.ensure_future(self._keep_firewall()),
+        ]
+        return adopted
+
+    def drain(self) -> None:
+        """Takes what has arrived, so that no timer is looked at before it (trace 12)."""
+        self.links.drain()
+        self.witness.drain()
+
+    async def close(self) -> None:
+        """Gives every driver back; what stands in the kernel stays."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._unwatch_firewall()
+        self.links.close()
+        self.witness.close()
+        self.announcer.close()
+        await self.address.close()
+        if self._chosen is not None:
+            self._chosen.shut()
+        self.journal.close()
+        self.events.close()
+
+    # ------------------------------------------------------------- what drivers tell
+
+    def _deliver(self, link: str, datagram: Datagram, at_ms: int) -> None:
+        del at_ms  # the engine dates it by its own turn: later, and so on the safe side
+        self._inbox.put(model.Heard(datagram, link))
+
+    def _witness_answered(self, name: str, sent_ms: int) -> None:
+        self._inbox.put(model.WitnessAnswered(name, sent_ms))
+
+    def _claimed(self, vip: IPAddress, mac: str) -> None:
+        log.warning("another machine, %s, announces the VIP %s as its own", mac, vip)
+        self._inbox.put(model.VipClaimed(mac))
+
+    def _address_notice(self, notice: AddressNotice) -> None:
+        log.warning("%s", notice.detail)
+        match notice.kind:
+            case NoticeKind.REMOVED:
+                self._inbox.put(model.AddressChanged(held=False, detail=notice.detail))
+            case NoticeKind.ADDED | NoticeKind.PERMANENT:
+                self._inbox.put(model.AddressChanged(held=True, detail=notice.detail))
+            case NoticeKind.CARRIER_LOST | NoticeKind.INTERFACE_GONE:
+                self._inbox.put(model.CarrierChanged(up=False))
+            case NoticeKind.CARRIER_BACK | NoticeKind.INTERFACE_BACK:
+                self._inbox.put(model.CarrierChanged(up=True))
+
+    def _health_report(self, health: Health) -> None:
+        self.last_health = health
+        self._inbox.put(model.FitChanged(health.ok, "; ".join(health.signs)))
+
+    # ------------------------------------------------------------- the firewall
+
+    def _guarded(self) -> Guarded:
+        return Guarded(
+            vips=self.settings.vips,
+            peers=[link.peer for link in self.settings.links],
+            ports=self.settings.firewall.ports,
+        )
+
+    def _watch_firewall(self) -> None:
+        fd = self.lease.watch_fd
+        if fd is not None:
+            asyncio.get_running_loop().add_reader(fd, self._firewall_changed)
+
+    def _unwatch_firewall(self) -> None:
+        if self._chosen is not None and self._chosen.watch_fd is not None:
+            asyncio.get_running_loop().remove_reader(self._chosen.watch_fd)
+
+    def _firewall_changed(self) -> None:
+        who = self.lease.disturbed()
+        if who is not None:
+            log.warning("%s", who)
+            task = asyncio.ensure_future(self._mend_firewall())
+            task.add_done_callback(_raise_if_failed)
+
+    async def _keep_firewall(self) -> None:
+        while True:
+            await asyncio.sleep(INTACT_EVERY_S)
+            await self._mend_firewall()
+
+    async def _mend_firewall(self) -> None:
+        """Rules that somebody else removed come back closed; the engine opens them if it may."""
+        try:
+            if await self.lease.intact():
+                return
+            await self.lease.install()
+        except FirewallError as error:
+            log.error("%s", error)
+            return
+        log.warning("the firewall's rules were taken away by somebody else: put back, closed")
+        self._inbox.put(model.RulesetLost())
+
+    def _thread_setup(self) -> Callable[[], None] | None:
+        return raise_this_thread if self.settings.scheduling.realtime else None
+
+
+def new_session() -> int:
+    """A random session id of 64 bits, never 0."""
+    return secrets.randbits(63) + 1
+
+
+def _link_spec(link: Link) -> LinkSpec:
+    return LinkSpec(link.name, str(link.local), str(link.peer), link.port, link.interface)
+
+
+def _service_health(settings: Settings) -> ServiceHealth:
+    nfs = settings.nfs
+    return ServiceHealth(
+        Service(
+            host=str(nfs.check_address),
+            nfs_port=nfs.nfs_port,
+            mountd_port=nfs.mountd_port if nfs.check_mountd else None,
+            mounts=nfs.mounts,
+        ),
+        clock_ms=now_ms,
+        refuse_version4=nfs.version4 == "refuse",
+        every_ms=nfs.check_every_ms,
+        timeout_ms=nfs.check_timeout_ms,
+    )
+
+
+def _raise_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.result()
