@@ -136,7 +136,7 @@ class Lab:
         """Removes everything. Idempotent."""
         try:
             for place in self._places.values():
-                place.power_cut()
+                place.remove()
             if self._observer is not None:
                 self._observer.stop()
         finally:
@@ -229,15 +229,18 @@ class Lab:
             place.nfs.start()
 
     def power_cut(self, name: str) -> int:
-        """Node death: first its wires (no FIN, no farewell), then all its processes, by SIGKILL.
+        """Node death: silence on all its wires at once, then SIGKILL to all, then the wires go.
 
-        Returns when the wires were gone (CLOCK_BOOTTIME, ns).
+        So no FIN, no farewell. Returns when it fell silent (CLOCK_BOOTTIME, ns).
         """
-        self.switch.detach(name)
+        place = self._places[name]
+        self.switch.silence(name)
         dead_ns = kernel.now_ns()
         if self._observer is not None and name in STORAGE:
-            self._observer.forget(name)
-        self._places[name].power_cut()
+            self._observer.forget(name, dead_ns)
+        place.kill_all()
+        self.switch.detach(name)
+        place.remove()
         return dead_ns
 
     @staticmethod

@@ -395,6 +395,34 @@ def test_a_power_cut_says_no_farewell(lab: Lab) -> None:
     assert writer.stop().attempts[-1].error is not None
 
 
+def test_a_power_cut_is_not_foreseen(lab: Lab) -> None:
+    """The node sees no link go before it dies, and falls silent on both networks at once."""
+    tell = (
+        "import socket, time\n"
+        "sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "while True:\n"
+        "    for peer in ('10.77.0.2', '10.78.0.2'):\n"
+        "        carrier = open('/sys/class/net/eth0/carrier').read()\n"
+        "        sock.sendto(carrier.encode(), (peer, 7000))\n"
+        "    time.sleep(0.0005)\n"
+    )
+    lab.observer.keep_datagrams()
+    with _receiver(lab.b) as receiver:
+        teller = lab.a.spawn([sys.executable, "-c", tell], name="teller")
+        for _ in range(200):
+            receiver.recv(16)
+        dead_ns = lab.power_cut("a")
+        heard = set()
+        with pytest.raises(TimeoutError):
+            while True:
+                heard.add(receiver.recv(16))
+    assert heard == {b"1\n"}
+    assert teller.output() == ""  # it ended by SIGKILL, not because something failed under it
+    seen = lab.look().datagrams()
+    assert {one.network for one in seen} == {"lan", "hb"}
+    assert max(one.time_ns for one in seen) <= dead_ns
+
+
 def test_kill_freeze_and_thaw_a_process(lab: Lab) -> None:
     process = lab.a.spawn(["sh", "-c", "while :; do echo turn; sleep 0.05; done"], name="turner")
     assert _gone(lambda: "turn" not in process.output())

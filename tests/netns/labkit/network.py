@@ -73,10 +73,11 @@ class _Fault:
 
 @dataclass
 class Switch:
-    """The two bridges. `attach` wires a place, `detach` pulls all its wires; the rest is faults."""
+    """The two bridges. `attach` wires a place, `detach` takes its wires; the rest is faults."""
 
     namespace: Namespace
     _faults: dict[_Fault, int] = field(default_factory=dict)
+    _silenced: set[str] = field(default_factory=set)
 
     @staticmethod
     def make() -> Switch:
@@ -117,11 +118,23 @@ class Switch:
             inner.append(f"link set {address.interface} up")
         if addresses[0].ipv4 != GATEWAY:
             inner.append(f"route add default via {GATEWAY}")
+        if place in self._silenced:
+            self._silenced.remove(place)
+            self._apply()
         _batch(self.namespace, wires)
         _batch(namespace, inner)
 
+    def silence(self, place: str) -> None:
+        """Nothing that the place sends arrives any more, on all networks at once.
+
+        It sees nothing of it, so it cannot say with its last breath that a link went down. Ends
+        when it is wired again.
+        """
+        self._silenced.add(place)
+        self._apply()
+
     def detach(self, place: str) -> None:
-        """Pulls all wires of a place: from here on nothing that it sends arrives anywhere."""
+        """Takes the wires of a place away."""
         names = [port(place, address.network) for address in PLACES[place].all()]
         _batch(self.namespace, [f"link del {name}" for name in names])
 
@@ -169,6 +182,10 @@ class Switch:
 
     def _apply(self) -> None:
         rules = [_rule(fault, percent) for fault, percent in self._faults.items()]
+        for place in self._silenced:
+            for network in NETWORKS:
+                rules.append(_rule(_Fault(place, ANY, network, "all"), 100))
+                rules.append(_rule(_Fault(ANY, place, network, "all"), 100))
         ruleset = "\n".join(
             [
                 "table bridge faults",

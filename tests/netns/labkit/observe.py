@@ -81,7 +81,7 @@ class Observations:
     """Everything seen up to `now_ns`, in order of time. Windows are [since_ns, until_ns]."""
 
     def __init__(self, events: list[Event], now_ns: int) -> None:
-        self._events = sorted(events, key=lambda event: int(event["t"]))
+        self._events = _of_the_living(sorted(events, key=lambda event: int(event["t"])))
         self.now_ns = now_ns
 
     def _of(self, kind: str, since_ns: int, until_ns: int | None) -> Iterator[Event]:
@@ -242,6 +242,20 @@ class Observations:
         return "\n".join(lines)
 
 
+def _of_the_living(events: list[Event]) -> list[Event]:
+    """Without what was seen of a node between its power cut and its next boot."""
+    dead: set[str] = set()
+    living = []
+    for event in events:
+        if event["k"] == "watch":
+            dead.discard(event["node"])
+        if event["node"] not in dead:
+            living.append(event)
+        if event["k"] == "gone":
+            dead.add(event["node"])
+    return living
+
+
 def _reply(event: Event) -> Reply:
     return Reply(event["node"], event["t"], event["source"], event["target"], event["dport"])
 
@@ -277,9 +291,9 @@ class Observer:
         """Listens to the address events of a node from now on; what it has now counts from now."""
         self._command(do="watch", node=node, netns=str(netns))
 
-    def forget(self, node: str) -> None:
-        """The node is gone: all its holds end now."""
-        self._command(do="forget", node=node)
+    def forget(self, node: str, at_ns: int) -> None:
+        """The node is gone since then: its holds end, what its ports still show went nowhere."""
+        self._command(do="forget", node=node, at=at_ns)
 
     def keep_datagrams(self, on: bool = True) -> None:
         """Keeps the contents of UDP datagrams (heartbeats) too: some 100 kB a second."""

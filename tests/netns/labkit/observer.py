@@ -7,7 +7,7 @@ the time at which they were read. It only writes what it saw; observe.py makes f
 Commands are JSON lines on standard input, each with an `id` that is printed when it is done. It
 ends with its standard input:
   {"do": "watch", "node": "a", "netns": PATH}   listen to the address events of a node
-  {"do": "forget", "node": "a"}                 the node is gone, and all its addresses with it
+  {"do": "forget", "node": "a", "at": NS}       the node is gone, and all its addresses with it
   {"do": "datagrams", "on": true}               keep the contents of UDP datagrams too
   {"do": "sync"}                                drain and flush
 """
@@ -320,6 +320,7 @@ class _Observer:
                 self._watch(str(command["node"]), str(command["netns"]))
             case "forget":
                 self._forget(str(command["node"]))
+                self._write({"k": "gone", "t": command["at"], "node": command["node"]})
             case "datagrams":
                 self._frames.keep_datagrams = bool(command["on"])
             case "sync":
@@ -330,6 +331,7 @@ class _Observer:
 
     def _watch(self, node: str, netns: str) -> None:
         self._forget(node)
+        self._write({"k": "watch", "t": kernel.now_ns(), "node": node})
         source = _Addresses(node, netns)
         self._nodes[node] = source
         self._selector.register(source.socket, selectors.EVENT_READ, source)
@@ -340,7 +342,6 @@ class _Observer:
             self._drain(source)
             self._selector.unregister(source.socket)
             source.socket.close()
-        self._write({"k": "gone", "t": kernel.now_ns(), "node": node})
 
     def _sync(self) -> None:
         sources: list[_Frames | _Addresses] = [self._frames, *self._nodes.values()]

@@ -95,7 +95,7 @@ class Process:
 
 
 class Place:
-    """See the module. `boot` brings it up, `power_cut` kills all in it; its folder outlives it."""
+    """See the module. `boot` brings it up, `kill_all` ends it; its folder outlives it."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Place:
 
     @property
     def up(self) -> bool:
-        """True between boot and power cut."""
+        """True between boot and kill_all."""
         return self._holder is not None and self._holder.poll() is None
 
     @property
@@ -262,24 +262,27 @@ class Place:
 
         return kernel.in_own_thread(entered)
 
-    def power_cut(self) -> None:
+    def kill_all(self) -> None:
         """SIGKILL to everything in the place; waits for the end of all. Idempotent.
 
-        Its network namespace goes too. What the kernel had not yet written to the disks is written:
-        a lab cannot lose its page cache.
+        What the kernel had not yet written to the disks is written: a lab cannot lose its page
+        cache.
         """
-        if self._holder is not None:
-            self._holder.kill()
-            for (
-                process
-            ) in self.processes:  # the pid namespace ends only when we have reaped our own children
-                process.wait(_REAP_S)
-            self._holder.wait(_REAP_S)
-            for stream in (self._holder.stdin, self._holder.stdout):
-                if stream is not None:
-                    stream.close()
-            self._holder = None
+        if self._holder is None:
+            return
+        self._holder.kill()
+        for process in self.processes:  # the pid namespace waits for us to reap our children
+            process.wait(_REAP_S)
+        self._holder.wait(_REAP_S)
+        for stream in (self._holder.stdin, self._holder.stdout):
+            if stream is not None:
+                stream.close()
+        self._holder = None
         self.processes.clear()
+
+    def remove(self) -> None:
+        """Kills everything, removes the network namespace; boot needs another one. Idempotent."""
+        self.kill_all()
         if self._namespace is not None:
             self._namespace.delete()
             self._namespace = None

@@ -41,9 +41,9 @@ class StorageNode(Place):
         """Its own addresses."""
         return PLACES[self.name]
 
-    def power_cut(self) -> None:
+    def kill_all(self) -> None:
         """See Place; forgets the dead services too."""
-        super().power_cut()
+        super().kill_all()
         self.nfs.forget()
         self.daemon = None
 
@@ -60,6 +60,7 @@ class StorageNode(Place):
         """Starts `nfsha run` on the configuration written last; its output is in `daemon.log`."""
         if self.daemon is not None and self.daemon.alive:
             raise LabError(f"the daemon of {self.name} runs already")
+        self.path("/run/nfsha").mkdir(mode=0o750, exist_ok=True)  # systemd's RuntimeDirectory
         self.daemon = self.spawn([_PROGRAM, "run"], name="daemon", env=env)
         return self.daemon
 
