@@ -428,7 +428,7 @@ class AddressDriver:
                 return
             if message.kind == rtnetlink.RTM_DELADDR:
                 self._on_removed(entry)
-            elif entry.port != self._opened().port:
+            else:
                 self._on_added(entry)
 
     def _on_removed(self, entry: AddressEntry) -> None:

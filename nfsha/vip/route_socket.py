@@ -28,16 +28,12 @@ class VipRefused(VipError):  # noqa: N818 - what happened, not that something di
 
 
 class RouteSocket:
-    """The request socket; its methods raise VipError for what the kernel does not do or answer.
-
-    Opening it raises OSError. `port` is its netlink port, by which events show our own changes.
-    """
+    """The request socket: opening it raises OSError, its methods raise VipError."""
 
     def __init__(self) -> None:
         self._socket = _netlink_socket(0)
         self._socket.setsockopt(rtnetlink.SOL_NETLINK, rtnetlink.NETLINK_GET_STRICT_CHK, 1)
         self._sequence = 0
-        self.port: int = self._socket.getsockname()[0]
 
     def close(self) -> None:
         """Closes the socket."""

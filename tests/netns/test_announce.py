@@ -307,6 +307,68 @@ def test_an_answer_that_was_read_late_still_counts(lan: Lan) -> None:
     lan.run(body)
 
 
+def test_an_answer_behind_a_heap_of_others_still_counts(lan: Lan) -> None:
+    one, two = (bytes.fromhex(lan.mac(node).replace(":", "")) for node in (lan.one, lan.two))
+    junk = packets.arp_announcements(two, ABSENT[0])[1]
+    answer = packets.arp_announcements(two, V4)[1]
+
+    async def body(announcer: Announcer) -> None:
+        asked = asyncio.ensure_future(announcer.survey([V4], CLIENT[:1], rounds=1, over_ms=100))
+        await asyncio.sleep(0)
+        for frame in [junk] * 200 + [answer]:
+            raw.send(one + frame[6:])
+        time.sleep(0.2)  # noqa: ASYNC251 - the loop is frozen beyond the survey's end
+        assert (await asked).answered == {V4: lan.mac(lan.two)}
+
+    with inside(lan.two), Capture(lan.two) as sender:
+        raw = sender.socket
+        lan.run(body, vips=(V4,))
+
+
+def test_a_strangers_broadcast_is_no_answer_to_us(lan: Lan) -> None:
+    two = bytes.fromhex(lan.mac(lan.two).replace(":", ""))
+
+    async def body(announcer: Announcer) -> None:
+        asked = asyncio.ensure_future(announcer.survey([V4], ABSENT[:1]))
+        await asyncio.sleep(0.1)
+        raw.send(packets.arp_announcements(two, ABSENT[0])[1])
+        found = await asked
+        assert found.others == set()
+        assert not found.heard_other
+
+    with inside(lan.two), Capture(lan.two) as sender:
+        raw = sender.socket
+        lan.run(body)
+
+
+def test_our_own_announcement_sent_back_is_no_claim(lan: Lan) -> None:
+    async def body(announcer: Announcer) -> None:
+        asked = asyncio.ensure_future(announcer.survey(VIPS, CLIENT))
+        await asyncio.sleep(0.1)
+        for frame in expected_announcements(lan.mac(lan.one)):
+            raw.send(frame)
+        assert (await asked).answered == {}
+        assert lan.claims == []
+
+    with inside(lan.two), Capture(lan.two) as sender:
+        raw = sender.socket
+        lan.run(body)
+
+
+def test_a_question_never_claims_the_vip(lan: Lan) -> None:
+    lan.one.ip("-4", "address", "flush", "dev", "e0")
+    lan.hold(lan.one)
+
+    async def body(announcer: Announcer) -> None:
+        assert (await announcer.survey([V4], CLIENT[:1])).heard_other
+        said = [packets.heard(frame) for frame in capture.frames()]
+        assert len([one for one in said if one is not None]) >= 3
+        assert [one for one in said if one is not None and one.address == V4] == []
+
+    with Capture(lan.client) as capture:
+        lan.run(body)
+
+
 def test_a_claim_by_another_is_told_once_a_second(lan: Lan) -> None:
     claims = expected_announcements(lan.mac(lan.two))
 
