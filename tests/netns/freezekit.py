@@ -72,6 +72,7 @@ class Servers:
     node: Namespace
     received: list[bytes] = field(default_factory=list)
     connections: dict[tuple[str, int], socket.socket] = field(default_factory=dict)
+    udp: dict[tuple[str, int], socket.socket] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -98,6 +99,8 @@ class Servers:
         server.bind((str(probe.address), probe.port))
         if probe.protocol == "tcp":
             server.listen(64)
+        else:
+            self.udp[str(probe.address), probe.port] = server
         server.setblocking(False)
         self._selector.register(server, selectors.EVENT_READ, probe.protocol)
 

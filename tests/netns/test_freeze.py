@@ -107,7 +107,9 @@ def test_the_node_itself_and_the_peer_pass_while_it_is_closed(
     assert place.answers(place.node, every([*LOOPBACK, *OWN, *VIPS])) == {"answer"}
     assert place.answers(place.peer, every(OWN)) == {"answer"}
     # A closed VIP is closed to the peer as well: it may be a client of ours, too.
+    place.servers.received.clear()
     assert place.answers(place.peer, every(VIPS)) == {"silence"}
+    assert place.servers.received == []
 
 
 def test_open_means_every_vip_at_once_and_no_other_address(place: Yard, firewall: Firewall) -> None:
@@ -196,6 +198,50 @@ def test_a_server_that_dies_while_closed_sends_no_farewell(place: Yard, firewall
     play(place, firewall, body)
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("place_of_client", ["client", "peer"])
+def test_a_late_reply_by_udp_does_not_leave(
+    place: Yard, firewall: Firewall, version: int, place_of_client: str
+) -> None:
+    """Also to the peer none leaves from a closed VIP; from the node's own address it may."""
+    vip = next(one for one in VIPS if one.version == version)
+    own = next(one for one in OWN if one.version == version)
+    client = place.client if place_of_client == "client" else place.peer
+
+    async def body(lease: ServiceLease) -> None:
+        await lease.install()
+        assert reply(place, client, vip) == reply(place, client, own, 111) == b""
+        assert reply(place, client, vip, UNGUARDED) == b"late"
+        await lease.open(after_ms(LONG_MS))
+        assert reply(place, client, vip) == b"late"
+        await lease.close()
+        assert reply(place, client, vip) == b""
+
+    async def probed(lease: ServiceLease) -> None:
+        await lease.install()
+        assert reply(place, client, vip) == b""
+        assert reply(place, client, own) == b"late"
+
+    play(place, firewall, body if place_of_client == "client" else probed)
+
+
+def reply(place: Yard, client: Namespace, source: Vip, port: int = 2049) -> bytes:
+    """What a client gets of a datagram that the node sends it, unasked, from a served port."""
+    family = socket.AF_INET if source.version == 4 else socket.AF_INET6
+    with contextlib.ExitStack() as end:
+        with inside(client):
+            receiver = end.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+        near = "10.91.1.2" if source.version == 4 else "fd91:1::2"
+        far = "10.91.2.2" if source.version == 4 else "fd91:2::2"
+        receiver.bind((near if client is place.client else far, 0))
+        receiver.settimeout(0.2)
+        with contextlib.suppress(PermissionError):
+            place.servers.udp[str(source), port].sendto(b"late", receiver.getsockname())
+        with contextlib.suppress(TimeoutError):
+            return receiver.recv(16)
+        return b""
+
+
 @pytest.mark.parametrize("vip", [VIPS[0], VIPS[2]], ids=["v4", "v6"])
 def test_fragments_follow_the_same_rules(place: Yard, firewall: Firewall, vip: Vip) -> None:
     def sent(port: int) -> bool:
@@ -223,10 +269,10 @@ def test_nobody_elses_rule_can_refuse_while_it_is_closed(place: Yard, firewall: 
         place.node.exec(
             "nft",
             "table inet other { chain i { type filter hook input priority filter - 20;"
-            " tcp dport 2049 reject with tcp reset; }; }",
+            " tcp dport 2049 reject with icmpx type port-unreachable; }; }",
         )
     else:
-        reject = ["-p", "tcp", "--dport", "2049", "-j", "REJECT", "--reject-with", "tcp-reset"]
+        reject = ["-p", "tcp", "--dport", "2049", "-j", "REJECT"]
         place.node.exec("iptables-legacy", "-A", "INPUT", *reject)
     probe = [Probe("tcp", VIPS[0], 2049)]
 

@@ -354,6 +354,28 @@ def test_tampering_is_noticed_at_once_with_its_author(
     play(bare, body)
 
 
+@pytest.mark.parametrize(
+    "tampering",
+    [
+        "flush chain inet nfsha inbound",
+        "flush chain inet nfsha input",
+        "insert rule inet nfsha inbound accept",
+        "add table inet nfsha { flags dormant; }",
+    ],
+)
+def test_a_close_over_broken_rules_mends_them(place: Yard, tampering: str) -> None:
+    async def body(lease: NftablesLease) -> None:
+        await lease.install()
+        assert (await lease.open(after_ms(LONG_MS))).held
+        place.node.exec("nft", tampering)
+        await lease.close()
+        assert await lease.intact()
+        assert await lease.live() == {}
+
+    play(place.node, body)
+    assert place.answers(place.client, every([OWN[0], VIPS[0]], [2049])) == {"silence"}
+
+
 def test_lost_events_are_told_as_such(bare: Namespace) -> None:
     async def body(lease: NftablesLease) -> None:
         await lease.install()

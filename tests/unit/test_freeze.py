@@ -21,7 +21,7 @@ from nfsha.vip.freeze import (
 )
 from nfsha.vip.iptables import IptablesLease
 from nfsha.vip.nftables import NftablesLease, ruleset
-from nfsha.vip.rtnetlink import messages
+from nfsha.vip.rtnetlink import Vip, messages
 
 VIP = IPv4Address("10.0.0.1")
 GUARDED = Guarded([VIP, IPv6Address("fd00::1")], [IPv4Address("10.0.0.9")], DEFAULT_PORTS)
@@ -60,7 +60,11 @@ def test_two_services_may_share_a_port() -> None:
 
 
 def test_the_ruleset_names_each_address_once_and_no_interface() -> None:
-    peers = [IPv6Address("fe80::1%eth0"), IPv6Address("fe80::1%eth1"), IPv4Address("10.0.0.9")]
+    peers: list[Vip] = [
+        IPv6Address("fe80::1%eth0"),
+        IPv6Address("fe80::1%eth1"),
+        IPv4Address("10.0.0.9"),
+    ]
     text = ruleset(Guarded([VIP, VIP], peers, DEFAULT_PORTS), "t")
     assert "set vips4 { type ipv4_addr; flags constant; elements = { 10.0.0.1 }; }" in text
     assert "set peers6 { type ipv6_addr; flags constant; elements = { fe80::1 }; }" in text
