@@ -205,7 +205,7 @@ COMMANDS: tuple[Command, ...] = (
         "It never shows a secret, and never overwrites a key file.",
     ),
     Command(
-        "release", SET_UP, "take the VIP and nfsha's firewall rules away (daemon stopped)",
+        "release", SET_UP, "take the VIP and the firewall rules away (daemon stopped)",
         "nfsha release", release.release,
         (
             Option(
@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         leaf = branches[family].add_parser(
             word,
             usage=_wrapped_usage(command),
-            description=_described(command),
+            description=described(command),
             epilog=f"example: {command.example}",
             formatter_class=_formatter,
             allow_abbrev=False,
@@ -311,7 +311,8 @@ def _listed(commands: Sequence[Command]) -> str:
     return "\n".join(f"  {one.words:<18} {one.help}" for one in commands)
 
 
-def _described(command: Command) -> str:
+def described(command: Command) -> str:
+    """What the command is for, in a sentence or two, wrapped."""
     sentences = f"{command.help[0].upper()}{command.help[1:]}. {command.more}".strip()
     return textwrap.fill(sentences, WIDTH)
 

@@ -6,6 +6,8 @@ that no command foresaw becomes one line and exit code 1.
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 import sys
@@ -24,28 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.do is None:
         args.shown.print_help(sys.stderr)
         return Exit.USAGE
-    code: int = Exit.CANNOT
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have any character
+    code: int = Exit.DONE
     try:
-        try:
-            answer = args.do(args)
-            code = answer.exit
-            _show(answer, as_json=args.json)
-        except CommandError as error:
-            code = error.exit
-            _complain(error, as_json=args.json)
-        except BrokenPipeError:
-            code = Exit.DONE
-            raise
-        except OSError as error:
-            code = Exit.CANNOT
-            _complain(CommandError(Exit.CANNOT, _words(error)), as_json=args.json)
-        sys.stdout.flush()
+        code = _carry_out(args)
+        print(end="", flush=True)
     except BrokenPipeError:
         # Who reads has enough, as in `nfsha events | head`. Python would flush again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
     return code
+
+
+def _carry_out(args: argparse.Namespace) -> int:
+    """Does it, shows the answer or the error, and returns the exit code."""
+    try:
+        answer = args.do(args)
+    except CommandError as error:
+        _complain(error, as_json=args.json)
+        return error.exit
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _complain(CommandError(Exit.CANNOT, _words(error)), as_json=args.json)
+        return Exit.CANNOT
+    _show(answer, as_json=args.json)
+    return int(answer.exit)
 
 
 def _show(answer: Answer, *, as_json: bool) -> None:
@@ -58,9 +66,9 @@ def _show(answer: Answer, *, as_json: bool) -> None:
 def _complain(error: CommandError, *, as_json: bool) -> None:
     if as_json:
         told = {"ok": False, "exit": int(error.exit), "error": error.message}
-        print(json.dumps({**told, "remedy": error.remedy, **error.data}))
+        print(json.dumps({**error.data, **told, "remedy": error.remedy}))
         return
-    sys.stdout.flush()
+    print(end="", flush=True)
     print(f"nfsha: {error}", file=sys.stderr)
 
 

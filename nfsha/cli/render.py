@@ -28,6 +28,10 @@ _COLOURS = {
 }
 
 
+_LINK_TROUBLE = ("forged", "malformed", "other_version", "own_role", "from_stranger", "errors")
+"""Counters of a link (`nfsha.peer.links.LinkCounters`) that are shown only when not 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Style:
     """How text is shown; without colour nothing but printable characters and newlines."""
@@ -84,8 +88,8 @@ def status(facts: Facts, style: Style) -> str:
 
 def _headline(facts: Facts, style: Style) -> str:
     phase = printable(facts["phase"])
-    name = printable(facts.get("name", facts["role"]))
-    text = f"on {name} since {duration(facts['since_ms'])}: {_gist(facts)}"
+    name = printable(facts.get("node", facts["role"]))
+    text = f"on {name} for {duration(facts['since_ms'])}: {_gist(facts)}"
     painted = style.paint(phase, _BOLD + _COLOURS.get(phase, _YELLOW))
     first, *rest = textwrap.wrap(text, WIDTH - len(phase) - 1) or [""]
     more = textwrap.wrap(" ".join(rest), WIDTH - 2)
@@ -118,7 +122,13 @@ def _passive_gist(facts: Facts, vips: str) -> str:
     able = all(one["ok"] for one in conditions if one["number"] in (2, 3))
     if _get(facts, "takeover", "promised"):
         return f"promised not to take over {vips}"
-    return f"ready to take over {vips}" if able else f"could not take over {vips} now"
+    if not able:
+        return f"could not take over {vips} now"
+    if not _get(facts, "peer", "heard"):
+        return f"watches {vips}, the other node is silent"
+    if not _get(facts, "peer", "serving"):
+        return f"watches {vips}, the other node does not serve"
+    return f"ready to take over {vips}"
 
 
 def _vips(facts: Facts) -> str:
@@ -137,6 +147,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "links", [_link_line(one) for one in facts.get("links") or []]
     yield "witness", _witness_lines(facts)
     yield "health", [_health_line(facts)]
+    yield "warnings", list(facts.get("warnings") or [])
     yield "maintenance", ["on (`nfsha maintenance off` ends it)"] if facts["maintenance"] else []
     yield "replication", [_get(facts, "replication", "text") or "unknown"]
     yield "scheduling", [facts["scheduling"]] if facts.get("scheduling") else []
@@ -166,16 +177,17 @@ def _evidence_lines(facts: Facts) -> list[str]:
     """Only of the node that has the truth: no other one needs evidence."""
     if facts["authority"] != facts["role"]:
         return []
-    words = []
-    for one in facts["evidence"]:
-        text = str(one["kind"]) if one["age_ms"] is None else f"{one['kind']} {ago(one['age_ms'])}"
-        if one["age_ms"] is None and not one["fresh"]:
-            text = f"{one['kind']} never"
-        words.append(f"{text} (counts)" if one["counts"] else text)
-    lines = [", ".join(words)]
+    fresh = [one for one in facts["evidence"] if one["fresh"]]
+    lines = [", ".join(map(_evidence_text, fresh or facts["evidence"]))]
     if facts["lease_remaining_ms"] is not None:
         lines.append(f"lets it serve for {duration(facts['lease_remaining_ms'])} more")
     return lines
+
+
+def _evidence_text(one: Facts) -> str:
+    """One kind of evidence; what is fresh and has no age stands until it is taken back."""
+    age = "stands" if one["fresh"] and one["age_ms"] is None else ago(one["age_ms"])
+    return f"{one['kind']} {age}{' (counts)' if one['counts'] else ''}"
 
 
 def _takeover_lines(facts: Facts) -> list[str]:
@@ -194,12 +206,12 @@ def _peer_line(facts: Facts) -> str:
     peer = facts["peer"]
     if peer["age_ms"] is None:
         return f"{peer['role']}, not heard since this daemon started"
-    heard = f"heard {ago(peer['age_ms'])}" if peer["heard"] else f"SILENT, {ago(peer['age_ms'])}"
-    was = "" if peer["heard"] else "last "
+    age = duration(peer["age_ms"])
+    heard = f"heard {age} ago:" if peer["heard"] else f"SILENT for {age}; before:"
     health = "healthy" if peer["healthy"] else "not healthy"
     serves = ", serves" if peer["serving"] else ""
     epoch = _epoch_text(peer["epoch"])
-    return f"{peer['role']}, {heard}: {was}{peer['phase']}{serves}, {health}, epoch {epoch}"
+    return f"{peer['role']}, {heard} {peer['phase']}{serves}, {health}, epoch {epoch}"
 
 
 def _promise_lines(facts: Facts) -> list[str]:
@@ -241,9 +253,14 @@ def _service_lines(facts: Facts) -> list[str]:
 
 def _link_line(link: Facts) -> str:
     name = printable(link["name"])[:12]
-    heard = ago(link.get("last_heard_ms"))
-    counts = [f"{link[key]} {key}" for key in ("sent", "received", "refused") if key in link]
-    return ", ".join([f"{name}: heard {heard}", *counts])
+    last_ms = link.get("last_heard_ms")
+    heard = "never heard" if last_ms is None else f"heard {ago(last_ms)}"
+    counts = [
+        f"{count} {key.replace('_', ' ')}"
+        for key, count in link.items()
+        if key in ("sent", "received") or (key in _LINK_TROUBLE and count)
+    ]
+    return ", ".join([f"{name}: {heard}", *counts])
 
 
 def _witness_lines(facts: Facts) -> list[str]:
@@ -252,7 +269,7 @@ def _witness_lines(facts: Facts) -> list[str]:
         return []
     names = ", ".join(map(str, witness.get("names") or [])) or "the gateway"
     if witness.get("last_answer_ms") is None:
-        return [f"{names}: not asked while the peer is heard"]
+        return [f"{names}: no answer yet (asked only when the peer falls silent)"]
     return [f"{names}: answered {ago(witness['last_answer_ms'])}"]
 
 

@@ -45,9 +45,13 @@ def load_settings(args: argparse.Namespace) -> Settings:
 def run(args: argparse.Namespace) -> Answer:
     """Runs the daemon in the foreground until it is stopped."""
     settings = load_settings(args)
-    # Here and not above: all of the daemon's parts would make every short command slower.
-    from nfsha import daemon  # noqa: PLC0415
-
+    try:
+        # Here and not above: all of the daemon's parts would make every short command slower.
+        from nfsha import daemon  # noqa: PLC0415
+    except ImportError as error:
+        raise CommandError(
+            Exit.CANNOT, f"nfsha is not completely installed: {error}", "install it again"
+        ) from error
     try:
         return Answer(exit=daemon.run(settings))
     except daemon.DaemonError as error:

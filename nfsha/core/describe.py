@@ -27,6 +27,9 @@ Facts = dict[str, object]
 
 REPLICATION_OFF = "off (somebody else replicates; nfsha does not know how old the copy is)"
 
+UNSERVED_AFTER_MS = 5000
+"""Longer than any takeover of the shipped profiles: then `unserved` is an alarm."""
+
 _WIDTH = 96
 
 
@@ -58,17 +61,13 @@ def explain(row_id: str) -> str:
     found = _find(row_id)
     facts = {
         "phase": _phases(found),
-        "event": _event(found),
+        "event": "each turn" if found.event == TURN else f"command {found.event}",
         "guard": str(found.guard),
         "effect": f"{found.effect.__name__}: {_first_sentence(found)}" if _acts(found) else "none",
         "to": _target(found),
         "why": found.why,
     }
-    lines = [
-        textwrap.fill(value, _WIDTH, initial_indent=f"  {name:<7} ", subsequent_indent=" " * 10)
-        for name, value in facts.items()
-    ]
-    return "\n".join([found.id, *lines])
+    return "\n".join([found.id, *(_fill(text, f"  {name:<7} ") for name, text in facts.items())])
 
 
 def table_text() -> str:
@@ -77,15 +76,30 @@ def table_text() -> str:
     for title, members in _chapters():
         parts.append(title)
         for one in members:
-            effect = f"  ({one.effect.__name__})" if _acts(one) else ""
-            cause = str(one.guard) if one.event == TURN else f"{one.event}: {one.guard}"
-            place = "" if one.event == TURN or _phases(one) == "any" else f"  [{_phases(one)}]"
-            parts.append(f"  {one.id}  {cause} -> {_target(one)}{effect}{place}")
-            parts.append(
-                textwrap.fill(one.why, _WIDTH, initial_indent=" " * 7, subsequent_indent=" " * 7)
-            )
+            parts += [_fill(_summary(one), f"  {one.id}  "), _fill(one.why, " " * 7)]
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+def _summary(found: Row) -> str:
+    """A row in one line: what makes it match, where it leads, what it does, and where it holds."""
+    turn = found.event == TURN
+    cause = str(found.guard) if turn else f"{found.event}: {found.guard}"
+    effect = f"  ({found.effect.__name__})" if _acts(found) else ""
+    phases = _phases(found)
+    place = "" if turn or phases == "any" else f"  [{phases}]"
+    return f"{cause} -> {_target(found)}{effect}{place}"
+
+
+def _fill(text: str, start: str) -> str:
+    """The text in lines that begin below each other."""
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+    )
 
 
 def mermaid() -> str:
@@ -138,10 +152,6 @@ def _phases(found: Row) -> str:
     if len(missing) > len(ALL) // 2:
         return ", ".join(map(str, found.phases))
     return f"any but {', '.join(map(str, missing))}" if missing else "any"
-
-
-def _event(found: Row) -> str:
-    return "each turn" if found.event == TURN else f"command {found.event}"
 
 
 def _target(found: Row) -> str:
@@ -377,6 +387,7 @@ def alarms_of(state: State, now_ms: int) -> dict[str, str]:
         "persist-failed": state.persist_error and f"the journal: {state.persist_error}",
         "journal-corrupt": _journal_corrupt(state),
         "witness-silent": _witness_silent(state, now_ms),
+        "unserved": _unserved(state, now_ms),
         "peer-silent": _peer_silent(state, now_ms),
         "peer-unable": _peer_unable(state, now_ms),
     }
@@ -450,6 +461,17 @@ def _witness_silent(state: State, now_ms: int) -> str:
     if not (asking and long) or now_ms - state.witness_ms < timings.hold_ms:
         return ""
     return "no reachability witness answers: this node may be the one that is cut off"
+
+
+def _unserved(state: State, now_ms: int) -> str:
+    """Clients wait: neither this node serves, nor is the other one known to, for some seconds."""
+    if state.serving or lease.peer_serves(state, now_ms) or _answered_by(state, now_ms):
+        return ""
+    served = state.report is not None and state.report.serving
+    since_ms = max(state.phase_since_ms, state.heard_ms) if served else state.phase_since_ms
+    if now_ms - since_ms < UNSERVED_AFTER_MS:
+        return ""
+    return "no node is known to serve the VIP: clients wait"
 
 
 def _peer_silent(state: State, now_ms: int) -> str:
