@@ -227,7 +227,7 @@ COMMANDS: tuple[Command, ...] = (
         "nfsha fsm mermaid", fsm.mermaid,
     ),
     Command(
-        "fsm explain", EXPLAIN, "explain one rule, by the id that the log and the status name",
+        "fsm explain", EXPLAIN, "explain one rule, by the id that log and status name",
         "nfsha fsm explain P93", fsm.explain,
         (Option(("row",), "the rule's id, such as P93", {"metavar": "ROW"}),),
     ),

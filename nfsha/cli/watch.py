@@ -20,7 +20,7 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 
 def style() -> render.Style:
-    """Colour on a terminal only, and not where NO_COLOR is set (https://no-color.org)."""
+    """Colour on a terminal only, and not where NO_COLOR (no-color.org) is set."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return render.Style(colour=wanted and sys.stdout.isatty())
 
