@@ -166,8 +166,8 @@ class NftablesLease:
         self._close()
 
     async def intact(self) -> bool:
-        """True if every chain, rule and set is there as we made it; about 0.4 ms."""
-        return self._equal()
+        """True if every chain, rule and set is as we made it, and nothing but VIPs is open."""
+        return self._equal() and self._only_vips(self._open_elements())
 
     async def live(self) -> dict[Vip, int | None]:
         """The VIPs that are open, with their remaining ms; empty also if there is no table."""
@@ -240,8 +240,11 @@ class NftablesLease:
     def _sound(self) -> bool:
         # All VIPs are open under a lease of bearable length, or none is.
         open_now = self._open_elements()
+        return self._only_vips(open_now) and len(open_now) in (0, len(self._vips))
+
+    def _only_vips(self, open_now: dict[str, int | None]) -> bool:
         timed = all(left is not None and left <= LEASE_MAX_MS for left in open_now.values())
-        return timed and open_now.keys() in (set(), self._vips.keys())
+        return timed and open_now.keys() <= self._vips.keys()
 
     def _open_elements(self) -> dict[str, int | None]:
         found: dict[str, int | None] = {}

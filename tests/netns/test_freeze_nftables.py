@@ -345,6 +345,7 @@ def test_tampering_is_noticed_at_once_with_its_author(
             r"nft \(pid \d+\) changed the nftables table inet nfsha", sentence or ""
         )
         assert lease.disturbed() is None
+        assert not await lease.intact()
         await lease.install()
         assert lease.disturbed() is None
         assert await lease.intact()
