@@ -34,7 +34,6 @@ LockAction = (
 )
 
 MAX_LOCK_QUEUE = 64
-MAX_TASKS = 32
 
 
 class Executors:
@@ -88,14 +87,12 @@ class Executors:
     # ------------------------------------------------------------- one by one
 
     def _start(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
-        task = asyncio.ensure_future(self._report(numbered, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        self._keep(asyncio.ensure_future(self._report(numbered, work)))
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.result()
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._inbox.watch(task)
 
     async def _report(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
         result = await work
@@ -123,19 +120,18 @@ class Executors:
         self._locks.append((number, action))
         if self._locks_task is None:
             self._locks_task = asyncio.ensure_future(self._run_locks())
-            self._locks_task.add_done_callback(self._locks_finished)
-
-    def _locks_finished(self, task: asyncio.Task[None]) -> None:
-        self._locks_task = None
-        if not task.cancelled():
-            task.result()
+            self._inbox.watch(self._locks_task)
 
     async def _run_locks(self) -> None:
-        while self._locks:
-            number, action = self._locks.popleft()
-            result = await self._on_lock(action)
-            if result is not None:
-                self._inbox.put(model.Completed(number, result))
+        try:
+            while self._locks:
+                number, action = self._locks.popleft()
+                result = await self._on_lock(action)
+                if result is not None:
+                    self._inbox.put(model.Completed(number, result))
+        finally:
+            # Here, not in a callback of the task: what is ordered between would wait for ever.
+            self._locks_task = None
 
     async def _on_lock(self, action: LockAction) -> Result | None:
         try:
@@ -185,9 +181,7 @@ class Executors:
         await self._world.address.extend(rest_ms // 1000, deadline_ms)
 
     def _after_locks(self, reason: str) -> None:
-        task = asyncio.ensure_future(self._leave_when_done(reason))
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        self._keep(asyncio.ensure_future(self._leave_when_done(reason)))
 
     async def _leave_when_done(self, reason: str) -> None:
         while self._locks_task is not None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 
+from nfsha.core import lease
 from nfsha.core.engine import Decision, Engine, begin
 from nfsha.core.model import Command, CommandKind, Fired, Phase, Reply
 from nfsha.daemon.executors import Executors
@@ -59,6 +60,7 @@ class Shell:
                 address_held=adopted,
             )
         )
+        self.world.may_serve = self._may_serve
         if remembered.corrupt:
             log.error("the journal is corrupt and was kept aside: %s", remembered.corrupt)
         self._listen_for_signals()
@@ -79,6 +81,15 @@ class Shell:
             self._executors.perform(numbered)
         self._tell(decision, now_ms)
         self.systemd.watchdog(now_ms)
+
+    def _may_serve(self) -> bool:
+        """By the clock of now, not by that of the last turn."""
+        if self.engine is None:
+            return False
+        now_ms = self.world.clock_ms()
+        state = self.engine.state
+        fresh = now_ms - state.last_turn_ms <= state.config.timings.hold_ms
+        return state.serving and fresh and now_ms < lease.serve_deadline_ms(state, now_ms)
 
     def _leave(self, reason: str) -> None:
         self._left = reason

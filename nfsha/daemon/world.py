@@ -29,6 +29,9 @@ from nfsha.vip.freeze import Firewall, FirewallError, Guarded, ServiceLease
 
 log = logging.getLogger(__name__)
 
+MAX_DRAINS = 32
+"""Enough for all that a socket's buffer holds after a long freeze; a flood cannot hold a turn."""
+
 INTACT_EVERY_S = 0.4
 """How often the firewall's rules are looked at; a foreign flush is repaired within 1 s."""
 
@@ -66,13 +69,22 @@ class World:
             self.clock_ms,
             self._address_notice,
         )
-        self.announcer = Announcer(settings.interface, settings.vips, self.clock_ms, self._claimed)
+        self.announcer = Announcer(
+            settings.interface,
+            settings.vips,
+            self.clock_ms,
+            self._claimed,
+            self._may_announce,
+        )
+        self.may_serve: Callable[[], bool] = lambda: False
+        """Does this node hold evidence at this moment? The shell knows; set by it."""
         self.witness = Witness(
             settings.interface,
             settings.witness.hosts,
             gateway=settings.witness.gateway,
             answered=self._witness_answered,
             clock_ms=self.clock_ms,
+            neighbour_window_ms=settings.timing.hold_ms // 3,
         )
         self.health = _service_health(settings)
         self.last_health: Health | None = None
@@ -137,11 +149,15 @@ class World:
             asyncio.ensure_future(self.health.run(self._health_report)),
             asyncio.ensure_future(self._keep_firewall()),
         ]
+        for task in self._tasks:
+            self._inbox.watch(task)
         return adopted
 
     def drain(self) -> None:
         """Takes what has arrived, so that no timer is looked at before it (trace 12)."""
-        self.links.drain()
+        for _ in range(MAX_DRAINS):
+            if self.links.drain():
+                break
         self.witness.drain()
 
     async def close(self) -> None:
@@ -163,6 +179,9 @@ class World:
 
     # ------------------------------------------------------------- what drivers tell
 
+    def _may_announce(self) -> bool:
+        return self.may_serve()
+
     def _deliver(self, link: str, datagram: Datagram, at_ms: int) -> None:
         del at_ms  # the engine dates it by its own turn: later, and so on the safe side
         self._inbox.put(model.Heard(datagram, link))
@@ -171,7 +190,7 @@ class World:
         self._inbox.put(model.WitnessAnswered(name, sent_ms))
 
     def _claimed(self, vip: IPAddress, mac: str) -> None:
-        log.warning("another machine, %s, announces the VIP %s as its own", mac, vip)
+        log.debug("%s announces the VIP %s as its own", mac, vip)
         self._inbox.put(model.VipClaimed(mac))
 
     def _address_notice(self, notice: AddressNotice) -> None:
@@ -212,8 +231,7 @@ class World:
         who = self.lease.disturbed()
         if who is not None:
             log.warning("%s", who)
-            task = asyncio.ensure_future(self._mend_firewall())
-            task.add_done_callback(_raise_if_failed)
+            self._inbox.watch(asyncio.ensure_future(self._mend_firewall()))
 
     async def _keep_firewall(self) -> None:
         while True:
@@ -259,8 +277,3 @@ def _service_health(settings: Settings) -> ServiceHealth:
         every_ms=nfs.check_every_ms,
         timeout_ms=nfs.check_timeout_ms,
     )
-
-
-def _raise_if_failed(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.result()

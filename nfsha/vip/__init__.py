@@ -1,1 +1,1 @@
-"""The floating address: its lease in the kernel, its announcements, and the firewall in front of the service."""
+"""The floating address: its lease in the kernel, its announcements, the firewall before NFS."""

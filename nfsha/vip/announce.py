@@ -61,7 +61,8 @@ class Announcer:
 
     `claimed` is called on the loop's thread with a VIP and the link address (as text) of another
     machine that says it has it, at most once a second for each pair; also while that machine is
-    the rightful holder. It must not block.
+    the rightful holder. It must not block. `allowed` is asked before each frame of a schedule goes
+    out: may this node still say that it has the VIPs?
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Announcer:
         vips: Sequence[Vip],
         clock_ms: Callable[[], int],
         claimed: Callable[[Vip, str], None],
+        allowed: Callable[[], bool],
     ) -> None:
         if not 1 <= len(vips) <= packets.FILTER_VIPS_MAX:
             raise ValueError(f"{len(vips)} VIPs: 1 to {packets.FILTER_VIPS_MAX} can be watched")
@@ -77,6 +79,7 @@ class Announcer:
         self._vips = tuple(vips)
         self._clock_ms = clock_ms
         self._claimed = claimed
+        self._allowed = allowed
         self._ports: dict[int, _Port] = {}
         self._kernel: RouteSocket | None = None
         self._pending: list[asyncio.TimerHandle] = []
@@ -189,6 +192,10 @@ class Announcer:
     # Sending.
 
     def _announce_once(self) -> None:
+        if not self._allowed():
+            # The timer of a schedule that outlived its reason: a process that thaws runs it first.
+            self.silence()
+            return
         frames: list[tuple[int, bytes]] = []
         mac = self._mac()
         for vip in self._vips:

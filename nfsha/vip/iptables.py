@@ -75,8 +75,14 @@ class IptablesLease:
         """Puts the chains there, closed; if they are right, they stay, and so does what is open."""
         async with self._one_at_a_time:
             states = [await family.state() for family in self._families]
-            if None in states or len(set(states)) != 1:
+            with_vips = {
+                state for family, state in zip(self._families, states, strict=True) if family.vips
+            }
+            if None in states or len(with_vips) != 1:
                 await self._set(opened=False)
+                return
+            for family in self._families:
+                family.take_for(opened=True in with_vips)
 
     async def open(self, deadline_ms: int) -> LeaseOutcome:
         """Opens all VIPs; only the next renew or close ends it."""
@@ -179,6 +185,7 @@ class _Family:
         self._peers = dict.fromkeys(_bare(one) for one in guarded.peers if one.version == version)
         self.vips = list(dict.fromkeys(vip for vip in guarded.vips if vip.version == version))
         self.opened = False
+        self.set_to = False
         self._proved = b""  # the kernel's figures when the rules were last right
 
     async def check(self) -> None:
@@ -195,8 +202,14 @@ class _Family:
         ]
         await self._put("\n".join(lines))
 
+    def take_for(self, *, opened: bool) -> None:
+        """Without a VIP, open and closed look alike: this says which of them it is."""
+        if not self.vips:
+            self.set_to = self.opened = opened
+
     async def set(self, *, opened: bool) -> None:
         """Puts the chains there and verifies it."""
+        self.set_to = opened
         await self._put(self._script(await self._saved(), opened=opened))
         if await self.state() is not opened:
             raise FirewallError(
@@ -205,15 +218,18 @@ class _Family:
             )
 
     async def state(self) -> bool | None:
-        """True if the chains are there and open, False if there and closed, None otherwise."""
+        """True if the chains are there and open, False if there and closed, None otherwise.
+
+        Without a VIP of this IP version both look alike, and count as what was set last.
+        """
         figures = self._figures()
         saved = await self._saved()
         ours = [line for line in saved if _appended(line) in (CHAIN_IN, CHAIN_OUT)]
         found: bool | None = None
         if self._jumps_first(saved):
-            found = {tuple(self._rules(opened=opened)): opened for opened in (True, False)}.get(
-                tuple(ours)
-            )
+            # What was set last comes last: it is the answer where both look alike.
+            looks = {tuple(self._rules(opened=one)): one for one in (not self.set_to, self.set_to)}
+            found = looks.get(tuple(ours))
         self.opened = bool(found)
         self._proved = b"" if found is None else figures
         return found

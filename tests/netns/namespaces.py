@@ -75,7 +75,7 @@ def namespaces(*labels: str) -> Iterator[tuple[Namespace, ...]]:
 
 @contextlib.contextmanager
 def inside(namespace: Namespace) -> Iterator[None]:
-    """Moves this thread into a namespace for the length of the block: sockets opened there stay there.
+    """Moves this thread into a namespace for the block: sockets opened there stay there.
 
     Do not `await` across threads inside; asyncio code run by `asyncio.run` in the block is fine.
     """

@@ -81,7 +81,7 @@ class Pair:
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         found = []
         for line in lines:
-            if line.endswith("\n"):
+            if line.startswith("{") and line.endswith("\n"):
                 facts = json.loads(line)
                 facts.pop("wall")
                 found.append(Event(**facts))

@@ -35,6 +35,7 @@ class Lan:
     def __init__(self, lan: Namespace, one: Namespace, two: Namespace, client: Namespace) -> None:
         self.lan, self.one, self.two, self.client = lan, one, two, client
         self.claims: list[tuple[Vip, str]] = []
+        self.may_announce = True
         lan.ip("link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
         lan.ip("link", "set", "br0", "up")
         for number, node in enumerate((one, two, client)):
@@ -73,7 +74,13 @@ class Lan:
         }
 
     def announcer(self, vips: tuple[Vip, ...] = VIPS, interface: str = "e0") -> Announcer:
-        return Announcer(interface, vips, boottime_ms, lambda *claim: self.claims.append(claim))
+        return Announcer(
+            interface,
+            vips,
+            boottime_ms,
+            lambda *claim: self.claims.append(claim),
+            lambda: self.may_announce,
+        )
 
     def run(
         self,
@@ -175,6 +182,19 @@ def test_silence_ends_the_schedule(lan: Lan) -> None:
         announcer.announce()
         announcer.silence()
         announcer.silence()
+        await asyncio.sleep(0.5)
+        assert len([frame for frame in capture.frames() if frame in wanted]) == len(wanted)
+
+    with Capture(lan.client) as capture:
+        lan.run(body)
+
+
+def test_a_schedule_that_outlived_its_reason_says_nothing(lan: Lan) -> None:
+    wanted = expected_announcements(lan.mac(lan.one))
+
+    async def body(announcer: Announcer) -> None:
+        announcer.announce()
+        lan.may_announce = False
         await asyncio.sleep(0.5)
         assert len([frame for frame in capture.frames() if frame in wanted]) == len(wanted)
 

@@ -171,3 +171,25 @@ def closes_only(lease: IptablesLease) -> Callable[..., Awaitable[None]]:
         await real(opened=False)
 
     return set_
+
+
+def test_one_ip_version_alone_opens_and_closes(bare: Namespace) -> None:
+    guarded = Guarded(vips=VIPS[:1], peers=PEERS, ports=GUARDED.ports)
+
+    async def body() -> None:
+        lease = IptablesLease(guarded, boottime_ms)
+        again = IptablesLease(guarded, boottime_ms)
+        try:
+            await lease.install()
+            assert (await lease.open(boottime_ms() + 5000)).held
+            await again.install()  # a restarted daemon leaves open what is open
+            assert (await again.renew(boottime_ms() + 5000)).held
+            await again.close()
+            assert await again.live() == {}
+            assert not (await again.renew(boottime_ms() + 5000)).held
+        finally:
+            lease.shut()
+            again.shut()
+
+    with inside(bare):
+        asyncio.run(body())
