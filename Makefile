@@ -66,6 +66,7 @@ lock: venv ## make requirements/*.lock anew from pyproject.toml (UPGRADE=1: newe
 
 docs: venv ## write anew what is generated in docs/ and etc/
 	@$(PYTHON) scripts/render_configuration.py
+	@$(PYTHON) scripts/render_cli.py
 
 clean: ## remove what checks, tests and set-up left in this tree (not the Debian packages)
 	rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage nfsha.egg-info

@@ -40,6 +40,7 @@ def run(settings: Settings) -> int:
     for words in (*scheduling.words, *warnings(settings)):
         log.info("%s", words)
     try:
+        _make_folders(settings)
         return asyncio.run(_run(settings, scheduling))
     except (
         ControlError,
@@ -57,6 +58,12 @@ def run(settings: Settings) -> int:
             f"an invariant does not hold: {error}. The daemon stops, the leases in the kernel end; "
             "please report this with the output of `nfsha events`"
         ) from error
+
+
+def _make_folders(settings: Settings) -> None:
+    """Under systemd they are there; a daemon started by hand makes its own."""
+    settings.paths.runtime.mkdir(mode=0o755, exist_ok=True)
+    settings.paths.state.mkdir(mode=0o700, exist_ok=True)
 
 
 async def _run(settings: Settings, scheduling: Scheduling) -> int:

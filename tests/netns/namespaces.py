@@ -1,6 +1,7 @@
-"""Network namespaces for tests: make them, wire them with veth pairs, run code of this thread inside one.
+"""Network namespaces for tests: make them, wire them, run code of this thread inside one.
 
-Everything is made by this process and removed by it; names start with `nfsha-`. Nothing here knows about nfsha.
+Everything is made by this process and removed by it; names start with `nfsha-`. Nothing here knows
+about nfsha.
 """
 
 from __future__ import annotations

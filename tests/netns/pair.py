@@ -48,6 +48,7 @@ class Pair:
         lab: Lab,
         *,
         vips: Sequence[str] = (VIP,),
+        mounts: Sequence[str] = ("/nfs/data",),
         profile: str | None = None,
         tables: str = "",
         env: Mapping[str, str] | None = None,
@@ -55,7 +56,8 @@ class Pair:
         self.lab = lab
         self.env = env
         for name, role in ROLES.items():
-            lab.configure(name, node_config(role, vips=vips, profile=profile, tables=tables))
+            config = node_config(role, vips=vips, mounts=mounts, profile=profile, tables=tables)
+            lab.configure(name, config)
 
     def start(self, *names: str) -> None:
         """Starts the daemons of these nodes (both when none is named)."""
