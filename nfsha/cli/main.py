@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from nfsha.cli import arguments
 from nfsha.cli.exits import Answer, CommandError, Exit
+from nfsha.host import mishap
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises SystemExit (0 or 2) where argparse shows help or a usage error.
     """
+    sys.excepthook = _last_words
     args = arguments.parser().parse_args(argv)
     if args.do is None:
         args.shown.print_help(sys.stderr)
@@ -54,6 +56,12 @@ def _carry_out(args: argparse.Namespace) -> int:
         return Exit.CANNOT
     _show(answer, as_json=args.json)
     return int(answer.exit)
+
+
+def _last_words(_kind: type[BaseException], error: BaseException, _trace: object) -> None:
+    """What nobody foresaw: one line. The process ends with exit code 1, as by Python's own hook."""
+    told = f"nfsha: internal error, please report it: {mishap.one_line(error)}"
+    print(told, file=sys.stderr)
 
 
 def _show(answer: Answer, *, as_json: bool) -> None:

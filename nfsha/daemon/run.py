@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from nfsha.config import Settings, warnings
 from nfsha.core.invariants import BrokenInvariantError
@@ -11,6 +12,7 @@ from nfsha.daemon.answers import Answers
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.shell import Shell
 from nfsha.daemon.world import World
+from nfsha.host import mishap
 from nfsha.host.control import ControlError
 from nfsha.host.journal import JournalError
 from nfsha.host.scheduling import Scheduling, apply_scheduling
@@ -66,7 +68,17 @@ def _make_folders(settings: Settings) -> None:
     settings.paths.state.mkdir(mode=0o700, exist_ok=True)
 
 
+def _unforeseen(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a callback or a control command did not foresee: one line; the engine goes on."""
+    error = context.get("exception")
+    if isinstance(error, BaseException):
+        log.error("internal error, please report it: %s", mishap.one_line(error))
+    else:
+        log.error("internal error, please report it: %s", context.get("message"))
+
+
 async def _run(settings: Settings, scheduling: Scheduling) -> int:
+    asyncio.get_running_loop().set_exception_handler(_unforeseen)
     inbox = Inbox()
     systemd = Systemd()
     world = World(settings, inbox)
