@@ -55,11 +55,17 @@ def all_duties(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def persist(state: State, orders: Orders, now_ms: int) -> None:
-    """Writes the journal when it shall say something else (one write at a time, in order)."""
-    if state.want == state.durable or orders.in_flight("persist"):
+    """Writes the journal when it shall say something else (one write at a time, in order).
+
+    And again after a failed write, even when nothing is to be changed any more: nobody knows which
+    of the two the disk holds.
+    """
+    known = state.want == state.durable and not state.unsure
+    if known or orders.in_flight("persist"):
         return
     if state.persist_error and now_ms - state.persist_failed_ms < PERSIST_RETRY_MS:
         return
+    state.writing = state.want
     orders.order(Persist(state.want))
 
 
@@ -188,17 +194,23 @@ def prove(state: State, orders: Orders, now_ms: int) -> None:
         and state.phase is Phase.TAKEOVER
         and not state.commit_ordered
         and not orders.in_flight("fence")
+        and not state.fence_proof
         and now_ms - state.fence_failed_ms >= FENCE_RETRY_MS
         and not lease.exclusive(state, now_ms)
         and (not config.has_token or now_ms - state.phase_since_ms >= 2 * config.timings.hold_ms)
     ):
         orders.order(Fence())
+        state.fence_session = state.peer_session
     if config.has_token and state.token_since_ms is not None and state.epoch is not None:
         _publish(state, orders, now_ms)
 
 
 def _may_take_token(state: State, now_ms: int) -> bool:
-    """Who lost the token connects again only by rule, never by itself (trace 15)."""
+    """Who lost the token connects again only by rule, never by itself (trace 15).
+
+    An ISOLATED authority leaves it to a peer that is heard in TAKEOVER: else both would cut each
+    other off in turn, and neither would hold it for `hold`.
+    """
     if (
         state.token_since_ms is not None
         or "token" in state.flights
@@ -208,7 +220,7 @@ def _may_take_token(state: State, now_ms: int) -> bool:
     if state.phase is Phase.TAKEOVER:
         return not state.commit_ordered
     if state.phase is Phase.ISOLATED:
-        return state.is_authority
+        return state.is_authority and not lease.peer_serves(state, now_ms)
     fresh_echo = now_ms - state.echo_ms < state.config.timings.hold_ms
     return (
         state.serving
@@ -259,18 +271,21 @@ def _public(state: State) -> tuple[object, ...]:
         state.whole,
         lease.grants(state),
         state.absence_from_seq,
+        state.leftover,
     )
 
 
 def _peer_promise_held(state: State) -> bool:
-    return state.durable.peer_promise or state.want.peer_promise
+    return state.durable.peer_promise or state.want.peer_promise or state.unsure_peer_promise
 
 
 def _datagram(state: State) -> Datagram:
     config = state.config
     timings = config.timings
     echo = Echo(state.peer_session, state.peer_seq) if state.peer_session else None
-    absent = state.absence_from_seq != 0 and state.stopping == "restart"
+    # A former run may have extended its leases for an absence; until this run has renewed or
+    # removed them, the peer must wait as long as if this one were absent too.
+    absent = bool(state.leftover) or (state.absence_from_seq != 0 and state.stopping == "restart")
     return Datagram(
         role=state.me,
         session=state.session,

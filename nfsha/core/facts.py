@@ -89,11 +89,14 @@ def _remember_pending(state: State, datagram: Datagram) -> None:
 
 
 def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> None:
+    if state.serving and not lease.peer_heard(state, now_ms):
+        state.announced_ms = NEVER_MS  # a cut healed: caches beyond it may point elsewhere
     state.peer_seq = datagram.seq
     state.heard_ms = now_ms
     state.report = datagram
     state.echoed_high = max(state.echoed_high, echo.seq)
     state.peer_down = ""
+    state.fence_proof = False
     idle = not datagram.serving and datagram.phase in lease.IDLE_PHASES
     if not idle:
         state.idle_since_ms = None
@@ -176,10 +179,21 @@ def _(what: model.RecordRead, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.FenceReported, state: State, now_ms: int) -> None:
-    if what.off and not lease.peer_heard(state, now_ms):
-        state.peer_down = "fence"
-    elif not what.off:
+    if not what.off:
         state.fence_failed_ms = now_ms
+    elif state.peer_session == state.fence_session:
+        state.fence_proof = True  # else it has booted since the agent was started
+
+
+def settle(state: State, now_ms: int) -> None:
+    """Draws what follows from the facts of one turn together, and from the time that has passed.
+
+    What was heard shortly before a fence agent's proof may have been on its way; what is heard
+    after it ends the proof.
+    """
+    if state.fence_proof and not lease.peer_heard(state, now_ms):
+        state.fence_proof = False
+        state.peer_down = "fence"
 
 
 # --------------------------------------------------------------------------- this node
@@ -201,6 +215,8 @@ def _(what: model.ReplicaChanged, state: State, now_ms: int) -> None:
 @absorb.register
 def _(what: model.AddressChanged, state: State, now_ms: int) -> None:
     state.address_held = what.held
+    if not what.held:
+        state.leftover = ()
     if not what.held and state.serving and state.phase is not Phase.STARTING:
         state.repair = _with(state.repair, "address")
 
@@ -218,9 +234,9 @@ def _(what: model.CarrierChanged, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.VipClaimed, state: State, now_ms: int) -> None:
-    state.claimed_by = what.mac
-    state.count("vip_claimed")
-    if state.serving:
+    if state.serving:  # else it is the rightful holder who announces
+        state.claimed_by = what.mac
+        state.count("vip_claimed")
         state.announced_ms = NEVER_MS
 
 
@@ -234,6 +250,9 @@ def _with(repair: str, lock: str) -> str:
 @absorb.register
 def _(what: model.Persisted, state: State, now_ms: int) -> None:
     state.durable = what.journal
+    state.unsure = False
+    state.unsure_promise_kept = True
+    state.unsure_peer_promise = False
     state.persist_error = ""
     if state.commit_ordered and what.journal.epoch == state.want.epoch:
         state.commit_durable_ms = now_ms
@@ -241,6 +260,9 @@ def _(what: model.Persisted, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.PersistFailed, state: State, now_ms: int) -> None:
+    state.unsure = True
+    state.unsure_promise_kept = state.unsure_promise_kept and state.writing.promise
+    state.unsure_peer_promise = state.unsure_peer_promise or state.writing.peer_promise
     state.persist_error = what.reason
     state.persist_failed_ms = now_ms
     state.count("persist_failed")
@@ -268,6 +290,8 @@ def _(what: model.LeaseLost, state: State, now_ms: int) -> None:
 def _(what: model.LeaseHeld, state: State, now_ms: int) -> None:
     if what.lock == "address":
         state.address_held = True
+    if what.lock in state.leftover:
+        state.leftover = tuple(lock for lock in state.leftover if lock != what.lock)
 
 
 @absorb.register

@@ -207,13 +207,23 @@ def takeover(state: State, now_ms: int) -> Guard:
 
 def _takeover_gathering(state: State, now_ms: int) -> Guard:
     ready = lease.grants_ended(state, now_ms) and lease.vip_unanswered(state, now_ms)
-    if not state.by_operator and (not ready or lease.takeover_obstacle(state)):
+    lost = not ready or _peer_came_back(state, now_ms) or lease.takeover_obstacle(state)
+    if lost and not state.by_operator:
         return Guard.CONDITIONS_LOST
     if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS:
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.GATHERED_TOO_LONG
     if ready and lease.exclusive(state, now_ms):
         return Guard.EXCLUSIVE
     return Guard.GATHERING
+
+
+def _peer_came_back(state: State, now_ms: int) -> bool:
+    """The peer was silent, and is heard again, but does not serve: it has its 2 s to return."""
+    return (
+        lease.peer_heard(state, now_ms)
+        and state.idle_since_ms is not None
+        and state.idle_since_ms >= state.phase_since_ms
+    )
 
 
 def _takeover_committed(state: State, now_ms: int) -> Guard:
@@ -296,11 +306,11 @@ def isolated(state: State, now_ms: int) -> Guard:
     """ISOLATED: the authority without evidence."""
     if state.stopping:
         return Guard.STOPPING
+    if state.want.epoch != state.durable.epoch:
+        return Guard.ORDERED  # `resolve` orders it; until then the two histories still meet
     epoch = _epoch_guard(state)
     if epoch is not None:
         return epoch
-    if state.want.epoch != state.durable.epoch:
-        return Guard.ORDERED
     return _returning(state, now_ms)
 
 

@@ -61,6 +61,14 @@ class State:
     want: Journal = field(default_factory=Journal)
     journal_missing: bool = False
     journal_corrupt: str = ""
+    writing: Journal = field(default_factory=Journal)
+    """What the newest write of the journal says."""
+    unsure: bool = False
+    """A write failed: the disk may hold it, or what was there before, until one succeeds."""
+    unsure_promise_kept: bool = True
+    """All that the disk may hold says that this node promised, as `durable` does."""
+    unsure_peer_promise: bool = False
+    """Something that the disk may hold says that the peer promised."""
     persist_error: str = ""
     persist_failed_ms: int = NEVER_MS
 
@@ -112,6 +120,9 @@ class State:
     stamped: bool = False
     carrier: bool = True
     address_held: bool = False
+    leftover: tuple[str, ...] = ()
+    """Locks that a former run left in the kernel, for how long nobody knows: not yet renewed by
+    this run."""
     address_renewed_ms: int = NEVER_MS
     address_removed_ms: int = NEVER_MS
     service_open: bool = False
@@ -133,6 +144,10 @@ class State:
     forced: bool = False
     commit_ordered: bool = False
     commit_durable_ms: int = NEVER_MS
+    fence_session: int = 0
+    """The peer's session when the fence agent was started."""
+    fence_proof: bool = False
+    """The agent proved the peer off; it counts as soon as what was heard before is old."""
     fence_failed_ms: int = NEVER_MS
 
     # maintenance, stop
@@ -222,6 +237,8 @@ class State:
         """The own promise, as it may be shown: durable first."""
         if not self.durable.promise:
             return PromiseState.NONE
+        if not self.unsure_promise_kept:
+            return PromiseState.CLEARING
         if self.phase is Phase.MAINTENANCE or self.stopping or self.phase is Phase.STARTING:
             return PromiseState.STANDING
         return PromiseState.CLEARING
