@@ -127,7 +127,9 @@ class Executors:
             while self._locks:
                 number, action = self._locks.popleft()
                 result = await self._on_lock(action)
-                if result is not None:
+                if isinstance(result, model.LeaseHeld):
+                    self._inbox.put_quietly(model.Completed(number, result))
+                elif result is not None:
                     self._inbox.put(model.Completed(number, result))
         finally:
             # Here, not in a callback of the task: what is ordered between would wait for ever.

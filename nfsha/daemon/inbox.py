@@ -24,6 +24,10 @@ class Inbox:
         self._inputs.append(what)
         self._bell.set()
 
+    def put_quietly(self, what: Input) -> None:
+        """Takes one input that changes nothing by itself: the next turn is soon enough for it."""
+        self._inputs.append(what)
+
     def fail(self, error: BaseException) -> None:
         """Ends the daemon: something that it rests on broke, so that no turn may be trusted."""
         self._failure = self._failure or error
@@ -48,7 +52,7 @@ class Inbox:
 
     async def wait(self, timeout_s: float) -> None:
         """Returns when there is something to take, or after the timeout."""
-        if self._inputs or self._failure is not None or timeout_s <= 0:
+        if self._bell.is_set() or timeout_s <= 0:
             await asyncio.sleep(0)
             return
         try:

@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 MAX_DRAINS = 32
 """Enough for all that a socket's buffer holds after a long freeze; a flood cannot hold a turn."""
 
-INTACT_EVERY_S = 0.4
-"""How often the firewall's rules are looked at; a foreign flush is repaired within 1 s."""
+INTACT_EVERY_S = 0.8
+"""How often the rules are looked at where the kernel tells of changes: the second net only."""
+
+INTACT_UNTOLD_EVERY_S = 0.4
+"""How often where it does not (iptables): a foreign flush is repaired within 1 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +237,9 @@ class World:
             self._inbox.watch(asyncio.ensure_future(self._mend_firewall()))
 
     async def _keep_firewall(self) -> None:
+        told = self.lease.watch_fd is not None
         while True:
-            await asyncio.sleep(INTACT_EVERY_S)
+            await asyncio.sleep(INTACT_EVERY_S if told else INTACT_UNTOLD_EVERY_S)
             await self._mend_firewall()
 
     async def _mend_firewall(self) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from nfsha.host.mishap import one_line
 
 
 def test_one_line_names_kind_words_and_places() -> None:
-    try:
+    with pytest.raises(ValueError, match="number") as raised:
         int("no\nnumber")
-    except ValueError as error:
-        told = one_line(error)
+    told = one_line(raised.value)
     assert told.startswith("ValueError: ")
     assert "\n" not in told
     assert "test_host_mishap.py:" in told
