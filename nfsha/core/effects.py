@@ -73,13 +73,13 @@ def isolate(state: State, orders: Orders, now_ms: int) -> None:
     release(state, orders, now_ms)
     state.peer_down = ""
     state.fence_proof = False
-    _leave_takeover(state)
+    _leave_takeover(state, orders)
 
 
 def follow(state: State, orders: Orders, now_ms: int) -> None:
     """Releases, and records the higher epoch."""
     release(state, orders, now_ms)
-    _leave_takeover(state)
+    _leave_takeover(state, orders)
     record_epoch(state, orders, now_ms)
 
 
@@ -97,13 +97,14 @@ def first_epoch(state: State, orders: Orders, now_ms: int) -> None:
 
 def enter_passive(state: State, orders: Orders, now_ms: int) -> None:
     """Begins to wait with nothing withheld."""
-    _leave_takeover(state)
+    _leave_takeover(state, orders)
 
 
 def begin_takeover(state: State, orders: Orders, now_ms: int) -> None:
     """Stops echoing, and touches the token where there is one."""
     state.withhold_since_ms = None
     state.send_soon = True
+    state.fence_failed_ms = NEVER_MS
     if state.config.has_token:
         orders.order(TakeToken())
         state.token_tried_ms = now_ms
@@ -124,7 +125,7 @@ def give_up_takeover(state: State, orders: Orders, now_ms: int) -> None:
     if state.config.has_token:
         state.token_since_ms = None
         orders.order(DropToken())
-    _leave_takeover(state)
+    _leave_takeover(state, orders)
 
 
 def commit(state: State, orders: Orders, now_ms: int) -> None:
@@ -139,6 +140,7 @@ def commit(state: State, orders: Orders, now_ms: int) -> None:
         maintenance=False,
     )
     state.commit_ordered = True
+    orders.cancel("fence")
 
 
 def resolve(state: State, orders: Orders, now_ms: int) -> None:
@@ -257,6 +259,7 @@ def _forget_attempt(state: State) -> None:
     state.withhold_since_ms = None
 
 
-def _leave_takeover(state: State) -> None:
+def _leave_takeover(state: State, orders: Orders) -> None:
     _forget_attempt(state)
     state.commit_ordered = False
+    orders.cancel("fence")

@@ -470,7 +470,11 @@ class PublishRecord:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Runs the fence agents in order: `FenceReported`."""
+    """Runs the fence agents in order: `FenceReported`.
+
+    The executor kills them as soon as no flight awaits the result: a takeover that was given up
+    must not switch off a peer that serves again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
