@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import socket
 import time
+from typing import Any
 
 import pytest
 
@@ -210,7 +211,7 @@ def test_one_of_two_links_cut_changes_nothing(pair: Pair, network: str) -> None:
     time.sleep(5)
     assert pair.moves("a", cut_ms) == []
     assert pair.moves("b", cut_ms) == []
-    heard = {str(link["name"]): link for link in pair.lab.a.status()["links"]}  # type: ignore[attr-defined]
+    heard = {str(link["name"]): link for link in pair.lab.a.status()["links"]}
     silent = [name for name, link in heard.items() if link["last_heard_ms"] > 3000]
     assert len(silent) == 1
 
@@ -230,7 +231,7 @@ def test_thirty_percent_loss_for_a_minute_changes_nothing(pair: Pair) -> None:
     assert pair.moves("a", began_ms) == []
     assert pair.moves("b", began_ms) == []
     links = pair.lab.b.status()["links"]
-    for link in links:  # type: ignore[attr-defined]
+    for link in links:
         assert link["received"] < 0.85 * link["sent"], "the loss did not bite"
 
 
@@ -279,20 +280,11 @@ def test_older_authority_boots_alone_and_waits_for_the_operator(pair: Pair) -> N
 # ------------------------------------------------------------------ 10: hostile datagrams
 
 
-def test_hostile_datagrams_change_nothing(pair: Pair) -> None:
+@pytest.mark.parametrize("restarted", ["a", "b"])
+def test_hostile_datagrams_change_nothing(pair: Pair, restarted: str) -> None:
     pair.settle()
-    pair.lab.observer.keep_datagrams()
-    time.sleep(1)
-    recorded = [d.content for d in pair.lab.look().datagrams() if d.node == "a"]
-    pair.lab.observer.keep_datagrams(False)
-    assert len(recorded) >= 10
-    pair.lab.node("b").nfsha("maintenance", "on")
-    pair.wait_phase("b", "MAINTENANCE")
-    pair.daemon("b").kill()
-    pair.start("b")
-    restarted_ms = pair.now_ms()
-    pair.wait_phase("b", "MAINTENANCE", since_ms=restarted_ms)
-    time.sleep(1)
+    recorded = _record(pair.lab)
+    _restart_by_force(pair, restarted)
     before = pair.lab.b.status()
     log_before = len(pair.log("b"))
     began_ms = pair.now_ms()
@@ -303,19 +295,35 @@ def test_hostile_datagrams_change_nothing(pair: Pair) -> None:
     assert pair.moves("a", began_ms) == []
     for key in ("phase", "row", "epoch", "promise", "serving"):
         assert after[key] == before[key]
-    refused = sum(
-        link[key]
-        for link in after["links"]  # type: ignore[attr-defined]
-        for key in ("forged", "malformed", "other_version", "own_role")
-    )
-    counters = after["counters"]
-    unheeded = sum(
-        counters.get(key, 0)  # type: ignore[attr-defined]
-        for key in ("datagram_unconfirmed", "datagram_unechoed", "datagram_repeated")
-    )
-    assert refused >= 5000
-    assert unheeded >= len(recorded)
+    assert _sum(after, "forged", "malformed", "other_version", "own_role") >= 5000
+    # Of a session that still lives they are old; of an earlier life nobody ever confirms them.
+    ignored = "datagram_unconfirmed" if restarted == "a" else "datagram_old"
+    more = after["counters"].get(ignored, 0) - before["counters"].get(ignored, 0)
+    assert more >= 0.9 * len(recorded)
     assert len(pair.log("b")) - log_before < 20_000
+    assert _reaches(pair.lab, VIP)
+
+
+def _record(lab: Lab) -> list[bytes]:
+    """A second of what node a really sends."""
+    lab.observer.keep_datagrams()
+    time.sleep(1)
+    recorded = {d.content for d in lab.look().datagrams() if d.node == "a"}
+    lab.observer.keep_datagrams(False)
+    assert len(recorded) >= 8
+    return sorted(recorded)
+
+
+def _restart_by_force(pair: Pair, name: str) -> None:
+    killed_ms = pair.now_ms()
+    pair.daemon(name).kill()
+    pair.start(name)
+    pair.wait_phase(name, "ACTIVE" if name == "a" else "PASSIVE", since_ms=killed_ms)
+    time.sleep(0.5)
+
+
+def _sum(status: dict[str, Any], *keys: str) -> int:
+    return sum(link[key] for link in status["links"] for key in keys)
 
 
 def _hostile(recorded: list[bytes], count: int) -> list[bytes]:

@@ -52,7 +52,7 @@ def test_a_flushed_ruleset_is_back_within_a_second(pair: Pair) -> None:
     assert answers(pair.lab, VIP)
     assert not answers(pair.lab, "10.77.0.2")
     assert not answers(pair.lab, "10.77.0.1")
-    assert pair.wait_event("a", lambda e: e.row == "A20", "repair", since_ms=0, within_s=1)
+    pair.wait_event("a", lambda e: e.row == "A20", "repair", since_ms=0, within_s=1)
 
 
 def test_an_address_taken_away_by_hand_is_put_back(pair: Pair) -> None:
@@ -89,7 +89,7 @@ def test_another_machine_that_claims_the_vip_is_answered(pair: Pair) -> None:
     told = [one for one in pair.lab.look().claims(VIP, claimed_ns) if one.node == "a"]
     assert [one for one in told if one.gratuitous]
     alarms = pair.lab.a.status()["alarms"]
-    assert [one for one in alarms if one["name"] == "vip-claimed"]  # type: ignore[attr-defined]
+    assert [one for one in alarms if one["name"] == "vip-claimed"]
 
 
 def _claim_from_b() -> None:
@@ -160,7 +160,7 @@ def test_a_stopped_standby_promises_and_the_survivor_needs_no_echo(pair: Pair) -
     stopped_ms = pair.now_ms()
     time.sleep(3)
     assert pair.moves("a", stopped_ms) == []
-    assert pair.lab.a.status()["promise"]["peer"] == "standing"  # type: ignore[index]
+    assert pair.lab.a.status()["promise"]["peer"] == "standing"
     pair.lab.gateway_back()
     assert pair.daemon("a").stop() == 0
     booted_ms = pair.now_ms()
@@ -169,7 +169,7 @@ def test_a_stopped_standby_promises_and_the_survivor_needs_no_echo(pair: Pair) -
     pair.start("b")
     pair.wait_phase("b", "PASSIVE", since_ms=booted_ms)
     deadline = time.monotonic() + 3
-    while pair.lab.b.status()["promise"]["own"] != "none":  # type: ignore[index]
+    while pair.lab.b.status()["promise"]["own"] != "none":
         assert time.monotonic() < deadline, "the promise was not cleared"
         time.sleep(0.1)
 
@@ -248,12 +248,12 @@ def test_a_full_disk_stops_no_service_and_is_told(pair: Pair) -> None:
     asked_ms = pair.now_ms()
     pair.lab.b.nfsha("maintenance", "on")  # wants a promise on the disk
     time.sleep(1)
-    alarms = {one["name"] for one in pair.lab.b.status()["alarms"]}  # type: ignore[attr-defined]
+    alarms = {one["name"] for one in pair.lab.b.status()["alarms"]}
     assert "persist-failed" in alarms
-    assert pair.lab.a.status()["promise"]["peer"] == "none"  # type: ignore[index]
+    assert pair.lab.a.status()["promise"]["peer"] == "none"
     pair.lab.b.run("rm", "/var/lib/nfsha/full")
     deadline = time.monotonic() + 5
-    while pair.lab.a.status()["promise"]["peer"] != "standing":  # type: ignore[index]
+    while pair.lab.a.status()["promise"]["peer"] != "standing":
         assert time.monotonic() < deadline, "the promise never came"
         time.sleep(0.1)
     assert pair.moves("a", asked_ms) == []

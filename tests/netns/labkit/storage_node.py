@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.netns.labkit.holder import Disk
 from tests.netns.labkit.network import PLACES, VIP, Address, PlaceAddresses
@@ -70,9 +71,9 @@ class StorageNode(Place):
         """Runs an nfsha command in the node."""
         return self.run(_PROGRAM, *argv, check=check, timeout_s=timeout_s)
 
-    def status(self) -> dict[str, object]:
+    def status(self) -> dict[str, Any]:
         """`nfsha status --json`, parsed."""
-        parsed: dict[str, object] = json.loads(self.nfsha("status", "--json").stdout)
+        parsed: dict[str, Any] = json.loads(self.nfsha("status", "--json").stdout)
         return parsed
 
     def wipe_state(self) -> None:
