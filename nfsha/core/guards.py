@@ -69,7 +69,6 @@ class Guard(StrEnum):
     # commands
     ALLOWED = "allowed"
     SERVES = "serves"
-    TOO_LATE = "too-late"
     PEER_HEARD = "peer-heard"
     PROMISED = "promised"
     NO_PEER_PROMISE = "no-peer-promise"

@@ -47,6 +47,7 @@ class Answers:
     async def start(self) -> None:
         """Begins to listen. Raises ControlError when another daemon lives here."""
         await self._server.start()
+        log.info("the control socket is open for %s", self._server.access)
 
     async def close(self) -> None:
         """Ends all conversations."""
@@ -134,9 +135,11 @@ class Answers:
 
     def _witness(self, now_ms: int) -> Facts:
         engine = self._shell.engine
+        counters = self._shell.world.witness.counters()
         answered_ms = engine.state.witness_ms if engine is not None else -1
         return {
-            "names": list(self._shell.world.witness_names()),
+            "names": list(counters),
+            "asked": {name: asdict(one) for name, one in counters.items()},
             "last_answer_ms": now_ms - answered_ms if answered_ms >= 0 else None,
         }
 

@@ -17,6 +17,7 @@ from nfsha.core.model import Numbered, Result
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.world import World
 from nfsha.host.journal import JournalError, encode_journal
+from nfsha.peer.limited_log import LimitedLog
 from nfsha.vip.address import LeaseResult
 from nfsha.vip.freeze import FirewallError, LeaseOutcome
 from nfsha.vip.route_socket import VipError
@@ -46,6 +47,7 @@ class Executors:
         self._locks: deque[tuple[int, LockAction]] = deque(maxlen=MAX_LOCK_QUEUE)
         self._locks_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._log = LimitedLog(log, world.clock_ms)
 
     def perform(self, numbered: Numbered) -> None:
         """Starts one action; its result, if it has one, comes to the inbox."""
@@ -102,7 +104,7 @@ class Executors:
         try:
             await self._world.journal.save_async(encode_journal(action.journal))
         except JournalError as error:
-            log.error("%s", error)
+            self._log.warning("journal", str(error))
             return model.PersistFailed(str(error))
         return model.Persisted(action.journal)
 
@@ -148,10 +150,10 @@ class Executors:
                 case model.ExtendLeases():
                     await self._extend(action.deadline_ms)
         except VipError as error:
-            log.error("%s", error)
+            self._log.warning("address", str(error))
             return model.LeaseLost("address", str(error))
         except FirewallError as error:
-            log.error("%s", error)
+            self._log.warning("firewall", str(error))
             return model.LeaseLost("service", str(error))
         return None
 

@@ -62,7 +62,7 @@ class Shell:
         )
         self.world.may_serve = self._may_serve
         if remembered.corrupt:
-            log.error("the journal is corrupt and was kept aside: %s", remembered.corrupt)
+            log.error("the journal is corrupt: %s", remembered.corrupt)
         self._listen_for_signals()
         self._turn(self.engine)
         self.systemd.ready()

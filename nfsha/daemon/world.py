@@ -19,6 +19,7 @@ from nfsha.host.journal import JournalCorruptError, JournalFile, decode_journal
 from nfsha.host.scheduling import raise_this_thread
 from nfsha.nfs.service import Health, Service, ServiceHealth
 from nfsha.peer import keys
+from nfsha.peer.limited_log import LimitedLog
 from nfsha.peer.links import Links, LinkSpec
 from nfsha.peer.wire import Wire
 from nfsha.peer.witness import Witness
@@ -91,6 +92,7 @@ class World:
         )
         self.health = _service_health(settings)
         self.last_health: Health | None = None
+        self._log = LimitedLog(log, self.clock_ms)
         self._tasks: list[asyncio.Task[None]] = []
         self._chosen: ServiceLease | None = None
 
@@ -116,16 +118,12 @@ class World:
         found = [*self.witness.addresses(), *(link.peer for link in self.settings.links)]
         return tuple(dict.fromkeys(found))
 
-    def witness_names(self) -> Sequence[str]:
-        """The witnesses as an operator knows them."""
-        gateway = ["the gateway"] if self.settings.witness.gateway else []
-        return [*gateway, *map(str, self.settings.witness.hosts)]
-
     def remember(self) -> Remembered:
         """Reads the journal. Raises JournalError when the disk cannot tell."""
         loaded = self.journal.load()
         if loaded.document is None:
-            return Remembered(None, loaded.corrupt or "")
+            kept = f"; it is kept as {loaded.kept_as}" if loaded.kept_as else ""
+            return Remembered(None, loaded.corrupt + kept if loaded.corrupt else "")
         try:
             return Remembered(decode_journal(loaded.document), "")
         except JournalCorruptError as error:
@@ -197,7 +195,7 @@ class World:
         self._inbox.put(model.VipClaimed(mac))
 
     def _address_notice(self, notice: AddressNotice) -> None:
-        log.warning("%s", notice.detail)
+        self._log.warning(f"address, {notice.kind}", notice.detail)
         match notice.kind:
             case NoticeKind.REMOVED:
                 self._inbox.put(model.AddressChanged(held=False, detail=notice.detail))
@@ -233,7 +231,7 @@ class World:
     def _firewall_changed(self) -> None:
         who = self.lease.disturbed()
         if who is not None:
-            log.warning("%s", who)
+            self._log.warning("firewall", who)
             self._inbox.watch(asyncio.ensure_future(self._mend_firewall()))
 
     async def _keep_firewall(self) -> None:
@@ -249,9 +247,9 @@ class World:
                 return
             await self.lease.install()
         except FirewallError as error:
-            log.error("%s", error)
+            self._log.warning("firewall", str(error))
             return
-        log.warning("the firewall's rules were taken away by somebody else: put back, closed")
+        self._log.warning("firewall", "somebody else took the rules away: they are back, closed")
         self._inbox.put(model.RulesetLost())
 
     def _thread_setup(self) -> Callable[[], None] | None:

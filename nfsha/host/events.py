@@ -13,7 +13,7 @@ import json
 import os
 import queue
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -134,51 +134,6 @@ def read_events(path: Path, count: int, *, kept: int = KEPT) -> list[Event]:
             break
         found.extendleft(reversed(list(_read_file(_rotated(path, number)))))
     return list(found)[-count:] if count > 0 else []
-
-
-class RepeatLimiter:
-    """Keeps a line that repeats from flooding the log: one per key and period, the rest counted.
-
-    `clock_ms` gives CLOCK_BOOTTIME. At most `max_keys` keys are remembered, the least recent goes.
-    """
-
-    def __init__(
-        self, clock_ms: Callable[[], int], *, period_ms: int = 60_000, max_keys: int = 256
-    ) -> None:
-        self._clock_ms = clock_ms
-        self._period_ms = period_ms
-        self._max_keys = max_keys
-        self._keys: OrderedDict[str, tuple[int, int]] = OrderedDict()  # since when, suppressed
-
-    def allow(self, key: str) -> int | None:
-        """Returns how many lines of this key were suppressed since the last one, or None: suppress.
-
-        The line itself may be logged when the answer is a number (0 included).
-        """
-        now_ms = self._clock_ms()
-        since_ms, suppressed = self._keys.pop(key, (None, 0))
-        if since_ms is not None and now_ms - since_ms < self._period_ms:
-            self._keys[key] = (since_ms, suppressed + 1)
-            return None
-        self._keys[key] = (now_ms, 0)
-        if len(self._keys) > self._max_keys:
-            self._keys.popitem(last=False)
-        return suppressed
-
-    def overdue(self) -> list[tuple[str, int]]:
-        """Returns the keys whose period ended with lines suppressed, and how many; forgets them.
-
-        Called now and then, it lets the log say how many more there were after the last line shown.
-        """
-        now_ms = self._clock_ms()
-        ended = [
-            (key, suppressed)
-            for key, (since_ms, suppressed) in self._keys.items()
-            if suppressed and now_ms - since_ms >= self._period_ms
-        ]
-        for key, _ in ended:
-            del self._keys[key]
-        return ended
 
 
 class _Writer:

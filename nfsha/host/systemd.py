@@ -85,10 +85,6 @@ class Systemd:
         """The daemon has begun to end."""
         self._say("STOPPING", "1")
 
-    def extend_timeout(self, seconds: int) -> None:
-        """Asks for this much more time from now to start or stop (a switchover on `stop`)."""
-        self._say("EXTEND_TIMEOUT_USEC", str(seconds * 1_000_000))
-
     def close(self) -> None:
         """Ends the connection; nothing is said after it. Idempotent."""
         if self._notifier is not None and self._notifier.socket is not None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.host import events
-from nfsha.host.events import Event, EventLog, RepeatLimiter, read_events
+from nfsha.host.events import Event, EventLog, read_events
 
 WALL = datetime(2026, 11, 21, 6, 52, 3, 456789, tzinfo=UTC)
 
@@ -257,45 +257,3 @@ def test_followers_are_bounded_and_a_place_becomes_free_again(path: Path) -> Non
             await follower.aclose()
 
     asyncio.run(main())
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.ms = 1000
-
-    def __call__(self) -> int:
-        return self.ms
-
-
-def test_one_line_per_key_and_period_and_the_rest_is_counted() -> None:
-    clock = Clock()
-    limiter = RepeatLimiter(clock, period_ms=100)
-    assert limiter.allow("forged") == 0
-    assert [limiter.allow("forged") for _ in range(9)] == [None] * 9
-    assert limiter.allow("stale") == 0
-    clock.ms += 99
-    assert limiter.allow("forged") is None
-    assert limiter.overdue() == []
-    clock.ms += 1
-    assert limiter.allow("forged") == 10
-    assert limiter.allow("forged") is None
-
-
-def test_what_was_suppressed_last_is_said_too() -> None:
-    clock = Clock()
-    limiter = RepeatLimiter(clock, period_ms=100)
-    for _ in range(4):
-        limiter.allow("forged")
-    limiter.allow("once")
-    clock.ms += 100
-    assert limiter.overdue() == [("forged", 3)]
-    assert limiter.overdue() == []
-    assert limiter.allow("forged") == 0
-
-
-def test_keys_are_bounded() -> None:
-    limiter = RepeatLimiter(Clock(), max_keys=3)
-    for key in "abcd":
-        assert limiter.allow(key) == 0
-    assert limiter.allow("d") is None
-    assert limiter.allow("a") == 0  # forgotten
