@@ -1,0 +1,150 @@
+"""The bench of failover: nfsha and keepalived side by side in one run; `make bench-failover`.
+
+It writes failover.md and failover.json, and ends with exit code 1 when a bar is not met. Needs
+root. Bounded: about half an hour with ten runs and ten calm minutes.
+
+    python -m bench.failover [--runs N] [--only PART,...] [--calm-minutes N] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench import calm, idle, machine, report, rounds
+from bench.contestants import KINDS, Kind
+from bench.faults import FAULTS, Fault
+from bench.findings import OURS, Failure, Findings, bars, passed
+from tests.netns.lab import require_root
+from tests.netns.labkit import registry
+from tests.netns.labkit.place import REPOSITORY, LabError
+
+PARTS = ("idle", *(fault.name for fault in FAULTS), "calm")
+RESULTS = REPOSITORY / "bench" / "results"
+MAX_RUNS = 100
+MAX_CALM_MINUTES = 120.0
+
+
+class Bench:
+    """One run of the bench: carries out the parts and keeps what they found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._began_s = time.monotonic()
+        self._configurations: dict[str, dict[str, str]] = {}
+        self.findings = Findings(machine.facts(), options.runs)
+
+    def run(self) -> None:
+        """All parts that were asked for. Raises LabError when a calm or idle pair cannot settle."""
+        only: tuple[str, ...] = self._options.only
+        if "idle" in only:
+            self.findings.idle = idle.measure(OURS, say=self._say)
+            for one in self.findings.idle:
+                self._say(
+                    f"idle: {one.contestant}, {one.state}: {one.cpu_percent:.2f} %, "
+                    f"{one.rss_mib:.1f} MiB"
+                )
+        faults = [fault for fault in FAULTS if fault.name in only]
+        for number in range(1, self._options.runs + 1):
+            for place, fault in enumerate(faults):
+                self._round(number, fault, _rotated(KINDS, number + place))
+        if "calm" in only:
+            self.findings.calm = calm.measure(KINDS, self._options.calm_minutes, self._say)
+
+    def write(self) -> None:
+        """Writes what was found so far."""
+        report.write(self._options.out, self.findings, self._configurations)
+
+    def _round(self, number: int, fault: Fault, kinds: Sequence[Kind]) -> None:
+        found = rounds.play(kinds, fault)
+        self.findings.samples += found.samples.values()
+        self._configurations |= found.configurations
+        for name, error in found.errors.items():
+            self.findings.failures.append(Failure(name, fault.name, number, error))
+            self._say(f"run {number}, {fault.name}, {name} FAILED: {error}")
+        told = [
+            f"{kind.name} {one.outage_null_ms:.0f} ({one.overlap_addresses_ms:.0f})"
+            for kind in KINDS
+            if (one := found.samples.get(kind.name)) is not None
+        ]
+        words = ", ".join(told)
+        self._say(
+            f"run {number} of {self._options.runs}, {fault.name}: outage (two holders), ms: {words}"
+        )
+
+    def _say(self, words: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._began_s), 60)
+        print(f"[{minutes:3d}:{seconds:02d}] {words}", flush=True)
+
+
+def _rotated(kinds: Sequence[Kind], by: int) -> list[Kind]:
+    """Another one begins in each round, so that the order favours nobody."""
+    start = by % len(kinds)
+    return [*kinds[start:], *kinds[:start]]
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """The value of --only. Raises argparse.ArgumentTypeError with the parts that there are."""
+    wanted = tuple(word.strip() for word in text.split(","))
+    unknown = [word for word in wanted if word not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}"
+        )
+    return wanted
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.failover", description="nfsha beside keepalived")
+    parser.add_argument("--runs", type=int, default=10, help="of each fault (default: 10)")
+    parser.add_argument(
+        "--only", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)"
+    )
+    parser.add_argument(
+        "--calm-minutes", type=float, default=10.0, help="with busy cores (default: 10)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    if not 1 <= options.runs <= MAX_RUNS:
+        parser.error(f"--runs {options.runs}: 1 to {MAX_RUNS} is expected")
+    if not 0 < options.calm_minutes <= MAX_CALM_MINUTES:
+        parser.error(f"--calm-minutes {options.calm_minutes:g}: at most {MAX_CALM_MINUTES:g}")
+    return options
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the bench; returns 0, 1 when a bar is not met, 2 when it cannot run, 130 after ^C."""
+    options = _options(argv)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        require_root()
+        bench = Bench(options)
+        bench.run()
+    except LabError as error:
+        print(f"the bench cannot go on: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ended; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        registry.sweep()
+    bench.write()
+    judged = bars(bench.findings)
+    for bar in judged:
+        word = {True: "met", False: "NOT MET", None: "-"}[bar.met]
+        print(f"{word:8}{bar.text}: {bar.found}")
+    print(f"written: {options.out / 'failover.md'}")
+    return 0 if passed(judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
