@@ -551,7 +551,12 @@ def next_step(state: State, now_ms: int) -> str:
     if state.row in _NEXT_BY_ROW:
         return _NEXT_BY_ROW[state.row]
     if "peer-silent" in alarms:
-        return "start the other node or its nfsha, or mend the links"
+        if lease.standing_evidence(state):
+            return "start the other node or its nfsha, or mend the links"
+        return (
+            "start the other node or mend the links; if it stays off, say so: "
+            "`nfsha confirm-peer-down`"
+        )
     if "peer-unable" in alarms:
         return "look at `nfsha status` on the other node"
     return _NOTHING
