@@ -84,9 +84,13 @@ def follow(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def record_epoch(state: State, orders: Orders, now_ms: int) -> None:
-    """Orders the higher epoch into the journal."""
+    """Orders the higher epoch into the journal.
+
+    But not one of this node's own that its journal does not know: once written there, the next
+    daemon would take this node for the authority that it was before its disk was replaced.
+    """
     higher = lease.higher_epoch(state)
-    if higher is not None:
+    if higher is not None and higher.authority is not state.me:
         state.journal(epoch=higher, peer_promise=False, peer_agent_only=False)
 
 

@@ -59,7 +59,9 @@ def _counts(state: State, datagram: Datagram, echo: Echo | None) -> bool:
     """Does this datagram say anything? Only if it echoes this very session (I10)."""
     if datagram.session == state.peer_session:
         if datagram.seq <= state.peer_seq:
-            state.count("datagram_repeated")
+            # The same one over another link is how it should be; an older one is late or replayed.
+            same = datagram.seq == state.peer_seq
+            state.count("datagram_doubled" if same else "datagram_old")
             return False
         if echo is None:
             state.count("datagram_unechoed")
@@ -69,6 +71,7 @@ def _counts(state: State, datagram: Datagram, echo: Echo | None) -> bool:
         return False
     state.peer_session = datagram.session
     state.peer_seq = 0
+    state.idle_since_ms = None
     state.pending = tuple(kept for kept in state.pending if kept.session != datagram.session)
     state.send_soon = True
     state.count("peer_sessions")
@@ -106,7 +109,13 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
 
 
 def _take_evidence(state: State, datagram: Datagram, echo: Echo) -> None:
-    """An echo is a grant, unless its sender is past the point where it could keep it."""
+    """An echo is a grant, unless its sender is past the point where it could keep it.
+
+    A taker's grants have ended, by its own word: a machine that was paused together with its clock
+    would count on them still.
+    """
+    if datagram.phase is Phase.TAKEOVER:
+        state.echo_ms = NEVER_MS
     if (
         echo is not datagram.echo
         or not datagram.echo_grants

@@ -292,6 +292,8 @@ def returned(state: State, now_ms: int) -> Guard:
     if lease.conflicting_epoch(state) is not None:
         return Guard.CONFLICT
     higher = lease.higher_epoch(state)
+    if higher is not None and higher.authority is state.me:
+        return Guard.JOURNAL_LOST
     if higher is not None:
         return Guard.ORDERED if state.want.epoch == higher else Guard.HIGHER_UNRECORDED
     if state.is_authority or state.epoch is None:
@@ -332,7 +334,7 @@ def maintenance(state: State, now_ms: int) -> Guard:
         if lost is not None:
             return lost
         return _serving_on(state, now_ms)
-    if higher is not None and state.want.epoch != higher:
+    if higher is not None and higher.authority is not state.me and state.want.epoch != higher:
         return Guard.HIGHER_UNRECORDED
     return Guard.STOPPING if state.stopping else Guard.IN_MAINTENANCE
 

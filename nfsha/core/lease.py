@@ -132,9 +132,14 @@ def serve_deadline_ms(state: State, now_ms: int) -> int:
     newest_ms = state.echo_ms
     if state.token_since_ms is not None:
         newest_ms = max(newest_ms, state.token_acked_ms)
-    if state.config.exclusivity is Exclusivity.WITNESS:
+    if state.config.exclusivity is Exclusivity.WITNESS and not taker_seen(state):
         newest_ms = max(newest_ms, state.witness_ms)
     return newest_ms + hold_ms
+
+
+def taker_seen(state: State) -> bool:
+    """The peer, when last heard, was taking over: only it can say that it gave that up."""
+    return state.report is not None and state.report.phase is Phase.TAKEOVER
 
 
 # --------------------------------------------------------------------------- the taker's side
