@@ -527,6 +527,14 @@ _NEXT_BY_OBSTACLE: Mapping[str, str] = {
 }
 
 
+def _next_without_peer(state: State) -> str:
+    if lease.standing_evidence(state):
+        return "start the other node or its nfsha, or mend the links"
+    return (
+        "start the other node or mend the links; if it stays off, say so: `nfsha confirm-peer-down`"
+    )
+
+
 def next_step(state: State, now_ms: int) -> str:
     """What to do next, in words; "nothing" when all is as it should be."""
     if state.stopping:
@@ -551,12 +559,7 @@ def next_step(state: State, now_ms: int) -> str:
     if state.row in _NEXT_BY_ROW:
         return _NEXT_BY_ROW[state.row]
     if "peer-silent" in alarms:
-        if lease.standing_evidence(state):
-            return "start the other node or its nfsha, or mend the links"
-        return (
-            "start the other node or mend the links; if it stays off, say so: "
-            "`nfsha confirm-peer-down`"
-        )
+        return _next_without_peer(state)
     if "peer-unable" in alarms:
         return "look at `nfsha status` on the other node"
     return _NOTHING

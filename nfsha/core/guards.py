@@ -390,6 +390,8 @@ def on_command(state: State, command: Command, now_ms: int) -> Guard:
 
 
 def _on_activate(state: State, command: Command, now_ms: int) -> Guard:
+    if state.phase is Phase.STARTING:
+        return Guard.SETTLING
     if state.serving:
         return Guard.SERVES
     if state.phase is Phase.TAKEOVER and (state.commit_ordered or state.by_operator):

@@ -6,8 +6,8 @@ Nothing here decides: the rules stand in `guards`, `effects` and `duties`.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 
 from nfsha.core.model import (
     NEVER_MS,
@@ -168,7 +168,7 @@ class State:
 
     def copy(self) -> State:
         """A copy that may be changed without changing this one."""
-        twin = copy.copy(self)
+        twin = State(*_VALUES(self))
         twin.flights = dict(self.flights)
         twin.counters = dict(self.counters)
         return twin
@@ -247,3 +247,7 @@ class State:
     def committed(self) -> bool:
         """The epoch ordered by this takeover is on the disk."""
         return self.commit_ordered and self.durable.epoch == self.want.epoch
+
+
+_VALUES = attrgetter(*(one.name for one in fields(State)))
+"""All fields in the order of the constructor: the quickest copy (one is made each turn)."""

@@ -298,8 +298,7 @@ _NOT_SERVING = tuple(phase for phase in ALL if phase is not P.ACTIVE)
 _COMMANDS = (
     _accept("C10", (*_RESTS, P.TAKEOVER, P.MAINTENANCE), C.ACTIVATE, E.activate, P.TAKEOVER,
             "the operator says that this node shall serve"),
-    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already",
-            (P.STARTING, P.ACTIVE, P.MAINTENANCE)),
+    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already", (P.ACTIVE, P.MAINTENANCE)),
     _refuse("C12", C.ACTIVATE, G.REPEATED, "this node is taking over already", (P.TAKEOVER,)),
     _refuse("C13", C.ACTIVATE, G.DIVERGED,
             "there are two histories: choose one with `nfsha resolve --keep`", (P.DIVERGED,)),
@@ -309,6 +308,8 @@ _COMMANDS = (
     _refuse("C16", C.ACTIVATE, G.PROMISED,
             "this node promised the peer not to take over, and the peer is not heard: it may serve "
             "on that promise. Make sure that it is off, then repeat with --force"),
+    _refuse("C17", C.ACTIVATE, G.SETTLING, "the daemon is still starting: repeat in a moment",
+            (P.STARTING,)),
     _accept("C20", (*_RESTS, P.ACTIVE), C.MAINTENANCE_ON, E.enter_maintenance, P.MAINTENANCE,
             "the operator wants no decision of this node's own"),
     _refuse("C21", C.MAINTENANCE_ON, G.REPEATED, "in maintenance already", (P.MAINTENANCE,)),
