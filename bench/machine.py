@@ -25,7 +25,7 @@ def facts() -> dict[str, str]:
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores, {_processor()}, {memory_gib:.0f} GiB",
         "load before the run": f"{os.getloadavg()[0]:.2f}",
-        "kernel": f"Linux {platform.release()}",
+        "kernel": f"Linux {_numbers(platform.release())}",
         "nfsha": __version__,
         "python": platform.python_version(),
         "keepalived": _version("keepalived", "--version"),
@@ -40,12 +40,17 @@ def _processor() -> str:
 
 def _commit() -> str:
     commit = _said("git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD")
-    changed = _said("git", "-C", str(REPOSITORY), "status", "--porcelain", "--", "nfsha", "tests")
+    what = ("nfsha", "tests", "bench/*.py")
+    changed = _said("git", "-C", str(REPOSITORY), "status", "--porcelain", "--", *what)
     return f"{commit.strip() or 'unknown'}{', with changes' if changed.strip() else ''}"
 
 
 def _version(*argv: str) -> str:
-    found = re.search(r"\d+(?:\.\d+)+", _said(*argv))
+    return _numbers(_said(*argv))
+
+
+def _numbers(text: str) -> str:
+    found = re.search(r"\d+(?:\.\d+)+", text)
     return found.group(0) if found else "unknown"
 
 

@@ -17,7 +17,9 @@ _WORDS = {True: "met", False: "**not met**", None: "not measured"}
 _FIGURES: tuple[tuple[str, str, Callable[[Sample], float]], ...] = (
     (
         "Outage of a fresh RPC NULL each 5 ms (ms)",
-        "From the last success before to the first after, on a new TCP connection each time.",
+        "From the last success before to the first after, on a new TCP connection each time. Where "
+        "keepalived shows next to none after `kill -9`, SIGSTOP or a cut, both nodes held the "
+        "address meanwhile: see below.",
         lambda one: one.outage_null_ms,
     ),
     (
