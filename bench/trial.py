@@ -33,6 +33,7 @@ BEFORE_NS = 500_000_000
 RECOVERY_S = 12.0
 """How long the clients may need after the watch until a write succeeds again (TCP backs off)."""
 _WORKS_NS = 300_000_000
+_FAILED_MAX = 100
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sample:
 
     overlap_addresses_ms: two nodes had the VIP (netlink). overlap_answers_ms: both answered NFS
     with new bytes; overlap_frames_ms: the same, TCP's repetitions included. recovered: writes
-    worked at the end.
+    worked at the end. failed_operations: sent, ended, error of writes that did not succeed.
     """
 
     contestant: str
@@ -53,7 +54,7 @@ class Sample:
     overlap_frames_ms: float
     holders_at_end: tuple[str, ...]
     recovered: bool
-    failed_operations: int
+    failed_operations: tuple[tuple[float, float, str], ...]
     worst_tick_ms: float
     struck_at_boottime_ns: int
     healed_after_ms: float | None
@@ -157,7 +158,10 @@ def _sample(
         overlap_frames_ms=answers_overlap_ms(replies, times.windows(), with_repeats=True),
         holders_at_end=tuple(sorted(_holders(seen, times.watched_ns))),
         recovered=recovered,
-        failed_operations=len(records.since(start_ns).failed),
+        failed_operations=tuple(
+            (after_ms(one.sent_ns), after_ms(one.ended_ns), one.error or "")
+            for one in records.since(start_ns).failed[:_FAILED_MAX]
+        ),
         worst_tick_ms=round(probes.worst_tick_ms, 3),
         struck_at_boottime_ns=struck_ns,
         healed_after_ms=None if times.healed_ns is None else after_ms(times.healed_ns),

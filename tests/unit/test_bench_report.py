@@ -38,7 +38,7 @@ def sample(contestant: str, fault: str) -> Sample:
         overlap_frames_ms=0.0,
         holders_at_end=(right,),
         recovered=True,
-        failed_operations=0,
+        failed_operations=((-3.0, 900.0, "stale"),),
         worst_tick_ms=5.5,
         struck_at_boottime_ns=1,
         healed_after_ms=None,
@@ -214,3 +214,20 @@ def test_options_out_of_bounds_are_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         failover.main(argv)
     assert refused.value.code == 2
+
+
+@pytest.mark.parametrize(("failures", "code"), [(0, 0), (1, 1)])
+def test_a_missed_bar_is_the_exit_code_and_the_results_are_written_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, good: Findings, failures: int, code: int
+) -> None:
+    def measured(bench: failover.Bench) -> None:
+        good.failures += [Failure("nfsha", "kill", 1, "the trial said nothing")] * failures
+        bench.findings = good
+
+    monkeypatch.setattr(failover, "require_root", lambda: None)
+    monkeypatch.setattr("bench.failover.registry.sweep", list)
+    monkeypatch.setattr("bench.failover.signal.signal", lambda *_: None)
+    monkeypatch.setattr("bench.failover.machine.facts", dict)
+    monkeypatch.setattr(failover.Bench, "run", measured)
+    assert failover.main(["--out", str(tmp_path)]) == code
+    assert ("**not met**" in (tmp_path / "failover.md").read_text()) is bool(code)
