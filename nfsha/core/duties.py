@@ -194,7 +194,6 @@ def prove(state: State, orders: Orders, now_ms: int) -> None:
         and state.phase is Phase.TAKEOVER
         and not state.commit_ordered
         and not orders.in_flight("fence")
-        and not state.fence_proof
         and now_ms - state.fence_failed_ms >= FENCE_RETRY_MS
         and not lease.exclusive(state, now_ms)
         and (not config.has_token or now_ms - state.phase_since_ms >= 2 * config.timings.hold_ms)

@@ -72,7 +72,6 @@ def isolate(state: State, orders: Orders, now_ms: int) -> None:
     """Releases; a proof or word that the peer is off must be gained anew."""
     release(state, orders, now_ms)
     state.peer_down = ""
-    state.fence_proof = False
     _leave_takeover(state, orders)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nfsha.core import duties, effects, guards, invariants, model
-from nfsha.core.facts import absorb, settle
+from nfsha.core.facts import absorb
 from nfsha.core.model import (
     Command,
     CoreConfig,
@@ -85,7 +85,6 @@ def decide(state: State, inputs: Sequence[Input], now_ms: int) -> Decision:
             replies.append(_obey(after, what, orders, fired, now_ms))
         else:
             absorb(what, after, now_ms)
-    settle(after, now_ms)
     if not after.exited:
         _run_table(after, orders, fired, now_ms)
         duties.all_duties(after, orders, now_ms)

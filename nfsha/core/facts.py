@@ -98,14 +98,27 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
     state.heard_ms = now_ms
     state.report = datagram
     state.echoed_high = max(state.echoed_high, echo.seq)
-    state.peer_down = ""
-    state.fence_proof = False
+    if not _sent_before_the_fence(state, datagram, now_ms):
+        state.peer_down = ""
     idle = not datagram.serving and datagram.phase in lease.IDLE_PHASES
     if not idle:
         state.idle_since_ms = None
         state.withhold_since_ms = None
     elif state.idle_since_ms is None:
         state.idle_since_ms = now_ms
+
+
+def _sent_before_the_fence(state: State, datagram: Datagram, now_ms: int) -> bool:
+    """Was this datagram on its way when the agent proved its sender off?
+
+    A node that was off is back in another session; and nothing stays on its way for longer than
+    `takeover_after`, so an agent that lied is found out.
+    """
+    return (
+        state.peer_down == "fence"
+        and datagram.session == state.fence_session
+        and now_ms - state.fence_proved_ms < state.config.timings.takeover_after_ms
+    )
 
 
 def _take_evidence(state: State, datagram: Datagram, echo: Echo) -> None:
@@ -191,18 +204,8 @@ def _(what: model.FenceReported, state: State, now_ms: int) -> None:
     if not what.off:
         state.fence_failed_ms = now_ms
     elif state.peer_session == state.fence_session:
-        state.fence_proof = True  # else it has booted since the agent was started
-
-
-def settle(state: State, now_ms: int) -> None:
-    """Draws what follows from the facts of one turn together, and from the time that has passed.
-
-    What was heard shortly before a fence agent's proof may have been on its way; what is heard
-    after it ends the proof.
-    """
-    if state.fence_proof and not lease.peer_heard(state, now_ms):
-        state.fence_proof = False
-        state.peer_down = "fence"
+        state.peer_down = "fence"  # else it has booted since the agent was started
+        state.fence_proved_ms = now_ms
 
 
 # --------------------------------------------------------------------------- this node

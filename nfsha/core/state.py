@@ -146,8 +146,8 @@ class State:
     commit_durable_ms: int = NEVER_MS
     fence_session: int = 0
     """The peer's session when the fence agent was started."""
-    fence_proof: bool = False
-    """The agent proved the peer off; it counts as soon as what was heard before is old."""
+    fence_proved_ms: int = NEVER_MS
+    """When the agent proved the peer off."""
     fence_failed_ms: int = NEVER_MS
 
     # maintenance, stop
