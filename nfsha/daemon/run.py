@@ -21,7 +21,7 @@ from nfsha.peer.keys import KeyFileError
 from nfsha.peer.links import LinkSetupError
 from nfsha.peer.witness import WitnessError
 from nfsha.vip.freeze import FirewallError
-from nfsha.vip.route_socket import VipError
+from nfsha.vip.rtnetlink import VipError
 
 log = logging.getLogger(__name__)
 

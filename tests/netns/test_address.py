@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from pyroute2.netlink.rtnl import RTM_NEWADDR
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
-from nfsha.vip import rtnetlink
 from nfsha.vip.address import (
     AddressDriver,
     AddressNotice,
@@ -18,7 +19,7 @@ from nfsha.vip.address import (
     Outcome,
     VipRefused,
 )
-from nfsha.vip.rtnetlink import Request, Vip
+from nfsha.vip.rtnetlink import Vip
 from tests.netns.namespaces import Namespace, connect, inside, namespaces
 
 V4 = IPv4Address("10.77.0.9")
@@ -255,14 +256,14 @@ def test_a_removal_between_check_and_renewal_is_found(
     async def body(driver: AddressDriver) -> None:
         assert (await driver.add(FAR_MS)).held
         kernel = driver._opened()
-        change = kernel.change
+        put = kernel.put
 
-        def gone_in_between(requests: list[Request]) -> list[int]:
-            monkeypatch.setattr(kernel, "change", change)
+        async def gone_in_between(index: int, first: Vip, valid_s: int) -> int:
+            monkeypatch.setattr(kernel, "put", put)
             bench.node.ip("address", "del", f"{vip}/{vip.max_prefixlen}", "dev", "e0")
-            return change(requests)
+            return await put(index, first, valid_s)
 
-        monkeypatch.setattr(kernel, "change", gone_in_between)
+        monkeypatch.setattr(kernel, "put", gone_in_between)
         ended(await driver.renew(FAR_MS), Outcome.LOST)
         assert bench.shown() == {}
 
@@ -439,9 +440,16 @@ def test_a_late_echo_of_our_own_addition_is_no_notice(bench: Bench) -> None:
         bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
         await bench.noticed(NoticeKind.REMOVED, V4)
         assert driver._link is not None
-        echo = rtnetlink.frame(rtnetlink.add_address(driver._link.index, V6, 2), 0)
-        for message in rtnetlink.messages(echo):
-            driver._on_event(message, quiet=False)
+        echo = ifaddrmsg()
+        echo["header"]["type"] = RTM_NEWADDR
+        echo["family"], echo["prefixlen"], echo["index"] = socket.AF_INET6, 128, driver._link.index
+        echo["attrs"] = [
+            ("IFA_ADDRESS", str(V6)),
+            ("IFA_CACHEINFO", {"ifa_preferred": 0, "ifa_valid": 2}),
+        ]
+        echo.encode()
+        assert driver._events is not None
+        driver._events.enqueue(echo.data, (0, 0))
         assert [notice.vip for notice in bench.notices] == [V4]
 
     bench.run(body)
@@ -493,7 +501,7 @@ def test_a_removal_among_too_many_events_is_still_noticed(bench: Bench) -> None:
     async def body(driver: AddressDriver) -> None:
         assert (await driver.add(FAR_MS)).held
         assert driver._events is not None
-        driver._events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        driver._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         flood = "\n".join(f"address add 10.78.{n // 250}.{n % 250}/32 dev lo" for n in range(200))
         bench.node.exec("sh", "-c", f"printf '{flood}\n' | ip -batch -")
         bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
