@@ -36,6 +36,8 @@ def run(settings: Settings) -> int:
     Raises DaemonError when something that it needs cannot be had.
     """
     logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(message)s")
+    # At level debug pyroute2 would write several lines for each renewal.
+    logging.getLogger("pyroute2").setLevel(logging.WARNING)
     scheduling = apply_scheduling(
         realtime=settings.scheduling.realtime, lock_memory=settings.scheduling.lock_memory
     )

@@ -201,25 +201,29 @@ class AddressDriver:
         with a finite life are replaced; a permanent one is left alone and refused.
         Raises VipStuck if what must go cannot be removed.
         """
-        started_ms = self._clock_ms()
         try:
             present = await self._entries()
-            if entry := next((e for e in present if e.permanent), None):
-                return self._result(Outcome.PERMANENT, started_ms, self._permanent(entry))
-            if present and self._lease_end_ms is None:
-                await self._remove_all()
-            if started_ms >= deadline_ms:
-                return await self._give_up(Outcome.LATE, started_ms, _late(started_ms, deadline_ms))
-            await self._catch_up()
-            # What was told up to here is history; from here on a removal ends the new lease.
-            self._lease_end_ms, self._lost = started_ms + self._lease_ms, ""
+        except VipError as error:
+            return await self._give_up(Outcome.FAILED, self._clock_ms(), str(error))
+        if entry := next((e for e in present if e.permanent), None):
+            return self._result(Outcome.PERMANENT, self._clock_ms(), self._permanent(entry))
+        if present and self._lease_end_ms is None:
+            await self._remove_all()
+        await self._catch_up()
+        return await self._add(deadline_ms)
+
+    async def _add(self, deadline_ms: int) -> LeaseResult:
+        started_ms = self._clock_ms()
+        if started_ms >= deadline_ms:
+            return await self._give_up(Outcome.LATE, started_ms, _late(started_ms, deadline_ms))
+        # What was told up to here is history; from here on a removal ends the new lease.
+        self._lease_end_ms, self._lost = started_ms + self._lease_ms, ""
+        try:
             await self._put_all(self._lease_ms)
             missing = await self._unusable()
-            await self._catch_up()
-        except VipStuck:
-            raise
         except VipError as error:
             return await self._give_up(Outcome.FAILED, started_ms, str(error))
+        await self._catch_up()
         ended_ms = self._clock_ms()
         if missing:
             why = f"not usable once added: {missing}"

@@ -19,6 +19,7 @@ from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST
 from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkError
 from pyroute2.netlink.rtnl import (
     RTM_GETADDR,
+    RTM_GETLINK,
     RTMGRP_IPV4_IFADDR,
     RTMGRP_IPV6_IFADDR,
     RTMGRP_LINK,
@@ -31,7 +32,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import (
     IFA_F_TENTATIVE,
     ifaddrmsg,
 )
-from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_RUNNING, IFF_UP
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_RUNNING, IFF_UP, ifinfmsg
 
 Vip = IPv4Address | IPv6Address
 
@@ -156,9 +157,14 @@ class RouteSocket:
 
     async def link(self, name: str) -> LinkEntry | None:
         """The interface of that name, None if there is none."""
+        request = ifinfmsg()
+        request["attrs"] = [("IFLA_IFNAME", name)]
         async with _in_time(f"interface {name} cannot be looked up"):
             try:
-                [message] = await self._route.link("get", ifname=name)
+                # Not by pyroute2's link("get"): that asks for an acknowledgement besides the
+                # answer, which nobody awaits, so that it stays in a queue for ever.
+                answer = await self._route.nlm_request(request, RTM_GETLINK, NLM_F_REQUEST)
+                [message] = [message async for message in answer]
             except NetlinkError as error:
                 if error.code == errno.ENODEV:
                     return None
