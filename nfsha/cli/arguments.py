@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import nfsha
-from nfsha.cli import fsm, operate, release, setup, watch
+from nfsha.cli import fsm, operate, setup, watch
 from nfsha.cli.exits import MEANINGS, Answer
 
 WIDTH = 80
@@ -206,7 +206,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "release", SET_UP, "take the VIP and the firewall rules away (daemon stopped)",
-        "nfsha release", release.release,
+        "nfsha release", setup.release,
         (
             Option(
                 ("--if-stopped",),

@@ -58,6 +58,14 @@ def run(args: argparse.Namespace) -> Answer:
         raise CommandError(Exit.CANNOT, str(error)) from error
 
 
+def release(args: argparse.Namespace) -> Answer:
+    """Takes away what a stopped daemon left in the kernel."""
+    # Here and not above: pyroute2 alone takes longer to load than any short command takes to run.
+    from nfsha.cli.release import release as take_away  # noqa: PLC0415
+
+    return take_away(args)
+
+
 def check_config(args: argparse.Namespace) -> Answer:
     """Says whether the configuration is right, with everything that the operator has accepted."""
     path = config_path(args)

@@ -20,7 +20,7 @@ from nfsha.host.journal import JournalError, encode_journal
 from nfsha.peer.limited_log import LimitedLog
 from nfsha.vip.address import LeaseResult
 from nfsha.vip.freeze import FirewallError, LeaseOutcome
-from nfsha.vip.route_socket import VipError
+from nfsha.vip.rtnetlink import VipError
 
 log = logging.getLogger(__name__)
 

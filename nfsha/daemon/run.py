@@ -21,7 +21,7 @@ from nfsha.peer.keys import KeyFileError
 from nfsha.peer.links import LinkSetupError
 from nfsha.peer.witness import WitnessError
 from nfsha.vip.freeze import FirewallError
-from nfsha.vip.route_socket import VipError
+from nfsha.vip.rtnetlink import VipError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ def run(settings: Settings) -> int:
     Raises DaemonError when something that it needs cannot be had.
     """
     logging.basicConfig(level=settings.log.level.upper(), format="%(levelname)s %(message)s")
+    # At level debug pyroute2 would write several lines for each renewal.
+    logging.getLogger("pyroute2").setLevel(logging.WARNING)
     scheduling = apply_scheduling(
         realtime=settings.scheduling.realtime, lock_memory=settings.scheduling.lock_memory
     )

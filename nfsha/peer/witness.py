@@ -157,7 +157,7 @@ class Witness:
         """
         try:
             self._routes = RouteSocket()
-            self._resolve(self._routes)
+            await self._resolve(self._routes)
         except PermissionError as error:
             self.close()
             raise WitnessError(f"witness: needs CAP_NET_RAW: {error.strerror}") from error
@@ -227,11 +227,11 @@ class Witness:
             whole = all(counters.address is not None for counters in self._counters.values())
             await asyncio.sleep(RESOLVE_EVERY_S if whole else RESOLVE_AGAIN_S)
             try:
-                self._resolve(routes)
+                await self._resolve(routes)
             except OSError as error:
                 self._log.warning("witness, set-up", str(error.strerror))
 
-    def _resolve(self, routes: RouteSocket) -> None:
+    async def _resolve(self, routes: RouteSocket) -> None:
         """Looks up the interface and all paths. Raises OSError for what should not fail."""
         try:
             index = socket.if_nametoindex(self._interface)
@@ -243,13 +243,13 @@ class Witness:
         if self._sockets is None or self._sockets.index != index:
             self._close_sockets()
             self._sockets = self._open_sockets(index)
-        self._set_targets(self._look_up(routes, index))
+        self._set_targets(await self._look_up(routes, index))
 
-    def _look_up(self, routes: RouteSocket, index: int) -> list[_Target]:
+    async def _look_up(self, routes: RouteSocket, index: int) -> list[_Target]:
         wanted = [(str(host), host) for host in self._hosts]
         if self._gateway:
             families = (socket.AF_INET, socket.AF_INET6)
-            gateways = [routes.default_gateway(family, index) for family in families]
+            gateways = [await routes.default_gateway(family, index) for family in families]
             # One gateway can serve both families.
             found = dict.fromkeys(each for each in gateways if each is not None)
             wanted += [(GATEWAY, each) for each in found]
@@ -258,7 +258,7 @@ class Witness:
                 self._log.warning("witness, gateway", text)
         targets = []
         for name, address in wanted:
-            path = routes.path(address, index)
+            path = await routes.path(address, index)
             if path is None:
                 text = f"no way over {self._interface}, or this machine's own address"
                 self._log.warning(f"witness {name}, {address}", text)

@@ -3,15 +3,16 @@
 It adds, renews, adopts and removes all VIPs as one, and tells when somebody else changed them or
 the link failed. It must not decide who may hold them, announce them, or start a process.
 
-Route netlink does its work inside sendmsg(2) and has queued the answer when that returns, so every
-operation here is finished before it gives the loop back, and no await stands between a look at the
-clock and the change that rests on it. While another process holds the kernel's rtnl lock, the call
-waits for it.
+Netlink is pyroute2's. The kernel does its work inside sendmsg(2), and up to that nothing gives the
+loop back, so that no await stands between a look at the clock and the first change that rests on
+it; the answers come through the loop. While another process holds the kernel's rtnl lock, the call
+waits for it. One operation at a time: the next begins when the one before has returned.
 
 Measured on Linux 6.18: the kernel removes an address 0 to 0.4 s after its lifetime ended, and a
 renewal of an address that is already gone silently makes it anew. So three things guard a renewal:
 events before it, the clock before and after it, and events after it (a removal that the renewal
-undid is found there: the kernel queues the event when it removes).
+undid is found there: the kernel queues the event when it removes). Events are not waited for:
+those that the loop has not yet read are read from their socket at once.
 """
 
 import asyncio
@@ -22,11 +23,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from nfsha.vip import rtnetlink
-from nfsha.vip.route_socket import EventSocket, RouteSocket, VipError, VipRefused
-from nfsha.vip.rtnetlink import AddressEntry, LinkEntry, Message, Vip
+from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_DELLINK, RTM_NEWADDR, RTM_NEWLINK
+
+from nfsha.vip.rtnetlink import (
+    AddressEntry,
+    EventSocket,
+    LinkEntry,
+    RouteSocket,
+    Vip,
+    VipError,
+    VipRefused,
+    address_entry,
+    link_entry,
+)
 
 __all__ = [
     "AddressDriver",
@@ -42,8 +53,7 @@ __all__ = [
     "remaining_ms",
 ]
 
-_EVENTS_PER_WAKE_MAX: Final = 64
-_EVENTS_PER_CALL_MAX: Final = 2048
+_LISTEN_AGAIN_S: Final = 1.0
 _REMOVE_ROUNDS_MAX: Final = 3
 _REPEAT_NOTICE_MS: Final = 1000  # the same foreign change is told at most this often
 _TICK_MARGIN_MS: Final = 20  # two ticks of the slowest usual kernel clock (100 Hz)
@@ -138,6 +148,9 @@ class AddressDriver:
         self._link: LinkEntry | None = None
         self._lease_end_ms: int | None = None
         self._lost = ""  # why the lease ended without us; empty while it did not
+        self._removing = False
+        self._recovery: asyncio.Task[None] | None = None  # from a loss of events
+        self._listen_again: asyncio.TimerHandle | None = None
         self._noticed_ms: dict[tuple[NoticeKind, Vip], int] = {}
 
     @property
@@ -154,32 +167,32 @@ class AddressDriver:
         """
         if self._kernel is not None:
             raise RuntimeError("started twice")
+        self._kernel, self._events = RouteSocket(), EventSocket(self._on_event)
         try:
-            self._kernel = RouteSocket()
-            self._events = EventSocket()
-        except OSError as error:
-            await self.close()
-            raise VipError(f"no netlink socket: {error}") from error
-        try:
-            self._link = self._kernel.link(self._interface)
-            self._refuse_unfit(self._kernel.addresses(0))
+            await self._kernel.open()
+            await self._events.open()
+            found = await self._kernel.link(self._interface)
+            self._link = self._link or found  # what an event has told meanwhile is newer
+            self._refuse_unfit(await self._kernel.addresses(0))
         except VipError:
             await self.close()
             raise
-        asyncio.get_running_loop().add_reader(self._events, self._on_readable)
 
     async def close(self) -> None:
         """Closes the sockets and leaves the addresses as they are. Idempotent."""
-        if self._events is not None:
-            asyncio.get_running_loop().remove_reader(self._events)
-            self._events.close()
-        if self._kernel is not None:
-            self._kernel.close()
+        if self._listen_again is not None:
+            self._listen_again.cancel()
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
+        for opened in (self._events, self._kernel):
+            if opened is not None:
+                opened.close()
         self._events = self._kernel = None
 
     async def held(self) -> frozenset[Vip]:
         """Which VIPs are on the interface now, whoever put them there. Raises VipError."""
-        return frozenset(entry.address for entry in self._entries())
+        return frozenset(entry.address for entry in await self._entries())
 
     async def add(self, deadline_ms: int) -> LeaseResult:
         """Puts all VIPs on the interface under a new lease, and proves that they are there.
@@ -188,31 +201,35 @@ class AddressDriver:
         with a finite life are replaced; a permanent one is left alone and refused.
         Raises VipStuck if what must go cannot be removed.
         """
-        started_ms = self._clock_ms()
         try:
-            present = self._entries()
-            if entry := next((e for e in present if e.permanent), None):
-                return self._result(Outcome.PERMANENT, started_ms, self._permanent(entry))
-            if present and self._lease_end_ms is None:
-                self._remove_all()
-            if started_ms >= deadline_ms:
-                return self._give_up(Outcome.LATE, started_ms, _late(started_ms, deadline_ms))
-            # Everything up to here is history; what follows tells about the new lease.
-            self._drain_events(quiet=True)
-            self._put_all(self._lease_ms)
-            missing = self._unusable()
-        except VipStuck:
-            raise
+            present = await self._entries()
         except VipError as error:
-            return self._give_up(Outcome.FAILED, started_ms, str(error))
+            return await self._give_up(Outcome.FAILED, self._clock_ms(), str(error))
+        if entry := next((e for e in present if e.permanent), None):
+            return self._result(Outcome.PERMANENT, self._clock_ms(), self._permanent(entry))
+        if present and self._lease_end_ms is None:
+            await self._remove_all()
+        await self._catch_up()
+        return await self._add(deadline_ms)
+
+    async def _add(self, deadline_ms: int) -> LeaseResult:
+        started_ms = self._clock_ms()
+        if started_ms >= deadline_ms:
+            return await self._give_up(Outcome.LATE, started_ms, _late(started_ms, deadline_ms))
+        # What was told up to here is history; from here on a removal ends the new lease.
+        self._lease_end_ms, self._lost = started_ms + self._lease_ms, ""
+        try:
+            await self._put_all(self._lease_ms)
+            missing = await self._unusable()
+        except VipError as error:
+            return await self._give_up(Outcome.FAILED, started_ms, str(error))
+        await self._catch_up()
         ended_ms = self._clock_ms()
         if missing:
-            return self._give_up(Outcome.FAILED, started_ms, f"not usable once added: {missing}")
-        if ended_ms >= deadline_ms:
-            return self._give_up(Outcome.LATE, started_ms, _late(ended_ms, deadline_ms))
-        if ended_ms >= started_ms + self._lease_ms:
-            why = f"the call took {ended_ms - started_ms} ms, longer than the lease"
-            return self._give_up(Outcome.EXPIRED, started_ms, why)
+            why = f"not usable once added: {missing}"
+            return await self._give_up(Outcome.FAILED, started_ms, why)
+        if refusal := self._unfit(started_ms + self._lease_ms, ended_ms, deadline_ms):
+            return await self._give_up(refusal[0], started_ms, refusal[1])
         return self._hold(started_ms, ended_ms, self._lease_ms)
 
     async def renew(self, deadline_ms: int) -> LeaseResult:
@@ -222,7 +239,7 @@ class AddressDriver:
         come, or if an event shows that a VIP was gone meanwhile, all VIPs are removed at once.
         Without a lease of ours nothing is touched. Raises VipStuck if they cannot be removed.
         """
-        return self._refresh(self._lease_ms, deadline_ms)
+        return await self._refresh(self._lease_ms, deadline_ms)
 
     async def extend(self, lease_s: int, deadline_ms: int) -> LeaseResult:
         """Gives all VIPs one lease of `lease_s` seconds, for an announced absence; else as renew.
@@ -231,7 +248,7 @@ class AddressDriver:
         """
         if lease_s < 1:
             raise ValueError(f"lease of {lease_s} s")
-        return self._refresh(lease_s * 1000, deadline_ms)
+        return await self._refresh(lease_s * 1000, deadline_ms)
 
     async def adopt(self) -> LeaseResult:
         """Takes the VIPs that an earlier run left on the interface as our lease, unrenewed.
@@ -243,19 +260,29 @@ class AddressDriver:
         if self._lease_end_ms is not None:
             raise RuntimeError("there is a lease already")
         started_ms = self._clock_ms()
+        await self._catch_up()
+        # From here on a removal ends the lease that is being adopted.
+        self._lease_end_ms, self._lost = started_ms, ""
+        result = await self._adopt(started_ms)
+        if not result.held:
+            self._lease_end_ms, self._lost = None, ""
+        return result
+
+    async def _adopt(self, started_ms: int) -> LeaseResult:
+        now_cs = kernel_clock_cs()
         try:
-            self._drain_events(quiet=True)
-            now_cs = kernel_clock_cs()
-            ours = [e for e in self._entries() if e.prefixlen == e.address.max_prefixlen]
+            present = await self._entries()
         except VipError as error:
             return self._result(Outcome.FAILED, started_ms, str(error))
-        if entry := next((e for e in ours if e.permanent), None):
+        ours = {e.address: e for e in present if e.prefixlen == e.address.max_prefixlen}
+        if entry := next((e for e in ours.values() if e.permanent), None):
             return self._result(Outcome.PERMANENT, started_ms, self._permanent(entry))
-        present = {e.address for e in ours}
-        if missing := [str(vip) for vip in self._vips if vip not in present]:
+        if missing := [str(vip) for vip in self._vips if vip not in ours]:
             why = f"not on {self._interface}: {', '.join(missing)}"
             return self._result(Outcome.LOST, started_ms, why)
-        rest_ms = min(remaining_ms(e.valid_s, _age_cs(e, now_cs)) for e in ours)
+        if self._lost:
+            return self._result(Outcome.LOST, started_ms, self._lost)
+        rest_ms = min(remaining_ms(e.valid_s, _age_cs(e, now_cs)) for e in ours.values())
         if rest_ms <= 0:
             return self._result(Outcome.EXPIRED, started_ms, "nothing certain is left of its life")
         return self._hold(started_ms, self._clock_ms(), rest_ms)
@@ -265,29 +292,29 @@ class AddressDriver:
 
         Raises VipStuck, with the remedy, if the kernel still shows one after three rounds.
         """
-        self._remove_all()
+        await self._remove_all()
 
     # The lease.
 
-    def _refresh(self, length_ms: int, deadline_ms: int) -> LeaseResult:
+    async def _refresh(self, length_ms: int, deadline_ms: int) -> LeaseResult:
+        await self._catch_up()
         started_ms = self._clock_ms()
         end_ms = self._lease_end_ms
         if end_ms is None and not self._lost:
             return self._result(Outcome.LOST, started_ms, "there is no lease of ours to renew")
-        self._drain_events()
-        if refusal := self._unfit_to_renew(end_ms, started_ms, deadline_ms):
-            return self._give_up(refusal[0], started_ms, refusal[1])
+        if refusal := self._unfit(end_ms, started_ms, deadline_ms):
+            return await self._give_up(refusal[0], started_ms, refusal[1])
         try:
-            self._put_all(length_ms)
+            await self._put_all(length_ms)
         except VipError as error:
-            return self._give_up(Outcome.FAILED, started_ms, str(error))
-        self._drain_events()
+            return await self._give_up(Outcome.FAILED, started_ms, str(error))
+        await self._catch_up()
         ended_ms = self._clock_ms()
-        if refusal := self._unfit_to_renew(end_ms, ended_ms, deadline_ms):
-            return self._give_up(refusal[0], started_ms, refusal[1])
+        if refusal := self._unfit(end_ms, ended_ms, deadline_ms):
+            return await self._give_up(refusal[0], started_ms, refusal[1])
         return self._hold(started_ms, ended_ms, length_ms)
 
-    def _unfit_to_renew(
+    def _unfit(
         self, end_ms: int | None, now_ms: int, deadline_ms: int
     ) -> tuple[Outcome, str] | None:
         if end_ms is None or self._lost:
@@ -304,8 +331,8 @@ class AddressDriver:
         why = f"{', '.join(map(str, self._vips))} on {self._interface}"
         return LeaseResult(Outcome.HELD, self._lease_end_ms, started_ms, ended_ms, why)
 
-    def _give_up(self, outcome: Outcome, started_ms: int, why: str) -> LeaseResult:
-        self._remove_all()
+    async def _give_up(self, outcome: Outcome, started_ms: int, why: str) -> LeaseResult:
+        await self._remove_all()
         return self._result(outcome, started_ms, why)
 
     def _result(self, outcome: Outcome, started_ms: int, why: str) -> LeaseResult:
@@ -318,40 +345,42 @@ class AddressDriver:
             raise RuntimeError("not started")
         return self._kernel
 
-    def _entries(self) -> list[AddressEntry]:
+    async def _entries(self) -> list[AddressEntry]:
         kernel = self._opened()
         if self._link is None:
             return []
-        return [e for e in kernel.addresses(self._link.index) if e.address in self._vips]
+        return [e for e in await kernel.addresses(self._link.index) if e.address in self._vips]
 
-    def _put_all(self, length_ms: int) -> None:
-        if self._link is None:
-            raise VipError(f"interface {self._interface} is gone")
-        index, seconds = self._link.index, length_ms // 1000
-        requests = [rtnetlink.add_address(index, vip, seconds) for vip in self._vips]
-        for vip, code in zip(self._vips, self._opened().change(requests), strict=True):
-            if code:
+    async def _put_all(self, length_ms: int) -> None:
+        for vip in self._vips:
+            if self._link is None:
+                raise VipError(f"interface {self._interface} is gone")
+            if code := await self._opened().put(self._link.index, vip, length_ms // 1000):
                 raise VipError(f"{self._interface} did not take {vip}: {os.strerror(code)}")
 
-    def _unusable(self) -> str:
-        usable = {e.address for e in self._entries() if e.usable and not e.permanent}
+    async def _unusable(self) -> str:
+        usable = {e.address for e in await self._entries() if e.usable and not e.permanent}
         return ", ".join(str(vip) for vip in self._vips if vip not in usable)
 
-    def _remove_all(self) -> None:
-        self._lease_end_ms, self._lost = None, ""
+    async def _remove_all(self) -> None:
+        self._lease_end_ms, self._lost, self._removing = None, "", True
+        try:
+            await self._remove_in_rounds()
+        finally:
+            self._removing = False
+
+    async def _remove_in_rounds(self) -> None:
         # The first round does not look first: when it is late, each moment counts.
         doomed: list[tuple[Vip, int]] = [(vip, vip.max_prefixlen) for vip in self._vips]
         trouble = "somebody adds it again"
         for _ in range(_REMOVE_ROUNDS_MAX):
             if self._link is None:  # no interface, no address
                 return
-            index = self._link.index
+            index, kernel = self._link.index, self._opened()
             try:
-                codes = self._opened().change(
-                    [rtnetlink.delete_address(index, vip, length) for vip, length in doomed]
-                )
-                self._drain_events(quiet=True)
-                doomed = [(entry.address, entry.prefixlen) for entry in self._entries()]
+                codes = [await kernel.delete(index, vip, length) for vip, length in doomed]
+                await self._catch_up()
+                doomed = [(entry.address, entry.prefixlen) for entry in await self._entries()]
             except VipError as error:
                 trouble = str(error)
                 continue
@@ -397,36 +426,27 @@ class AddressDriver:
 
     # Events.
 
-    def _on_readable(self) -> None:
-        self._drain_events(limit=_EVENTS_PER_WAKE_MAX)
+    async def _catch_up(self) -> None:
+        """Deals with everything that the kernel has told of until now."""
+        if self._events is not None:
+            self._events.drain()
+        if self._recovery is not None:
+            await asyncio.wait([self._recovery])
 
-    def _drain_events(self, quiet: bool = False, limit: int = _EVENTS_PER_CALL_MAX) -> None:
-        """Reads queued events; `quiet` takes those about addresses as our own doing."""
-        if self._events is None:
+    def _on_event(self, message: Any) -> None:  # noqa: ANN401 - pyroute2 ships no types
+        if message is None:
+            self._begin_recovery()
             return
-        for _ in range(limit):
-            try:
-                batch = self._events.read()
-            except OSError:  # ENOBUFS: the kernel dropped events, so look for ourselves
-                self._resync(quiet)
-                continue
-            if not batch:
-                return
-            for message in batch:
-                self._on_event(message, quiet)
-        if limit == _EVENTS_PER_CALL_MAX:
-            self._resync(quiet)
-
-    def _on_event(self, message: Message, quiet: bool) -> None:
-        if message.kind in (rtnetlink.RTM_NEWLINK, rtnetlink.RTM_DELLINK):
-            self._on_link(message)
-        elif message.kind in (rtnetlink.RTM_NEWADDR, rtnetlink.RTM_DELADDR) and not quiet:
-            entry = rtnetlink.address_entry(message)
+        kind = message["header"]["type"]
+        if kind in (RTM_NEWLINK, RTM_DELLINK):
+            self._on_link(kind, link_entry(message))
+        elif kind in (RTM_NEWADDR, RTM_DELADDR):
+            entry = address_entry(message)
             if entry is None or self._link is None or entry.index != self._link.index:
                 return
             if entry.address not in self._vips:
                 return
-            if message.kind == rtnetlink.RTM_DELADDR:
+            if kind == RTM_DELADDR:
                 self._on_removed(entry)
             else:
                 self._on_added(entry)
@@ -452,7 +472,7 @@ class AddressDriver:
                 self._lose(NoticeKind.PERMANENT, entry.address, detail)
             else:
                 self._tell_now_and_then(NoticeKind.PERMANENT, entry.address, detail)
-        elif self._lease_end_ms is None and not self._lost:
+        elif self._lease_end_ms is None and not self._lost and not self._removing:
             # After a lost lease it may be the echo of our own: IPv6 tells of an addition late.
             detail = f"added by another program, for {entry.valid_s} s"
             self._tell_now_and_then(NoticeKind.ADDED, entry.address, detail)
@@ -462,12 +482,11 @@ class AddressDriver:
         self._lost = f"{vip}: {reason}"
         self._tell(kind, vip, reason)
 
-    def _on_link(self, message: Message) -> None:
-        link = rtnetlink.link_entry(message)
+    def _on_link(self, kind: int, link: LinkEntry | None) -> None:
+        known = self._link
         if link is None:
             return
-        known = self._link
-        if message.kind == rtnetlink.RTM_DELLINK:
+        if kind == RTM_DELLINK:
             if known is not None and link.index == known.index:
                 self._set_link(None)
         elif link.index == known.index if known else link.name == self._interface:
@@ -486,17 +505,35 @@ class AddressDriver:
             kind = NoticeKind.CARRIER_BACK if link.carrier else NoticeKind.CARRIER_LOST
             self._tell(kind, None, _link_state(link))
 
-    def _resync(self, quiet: bool) -> None:
-        """Events were lost: compares what the kernel shows with what we believe."""
+    def _begin_recovery(self) -> None:
+        if self._recovery is None:
+            self._recovery = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Events were lost: listens anew, and compares what the kernel shows with our belief."""
         try:
-            self._set_link(self._opened().link(self._interface))
-            entries = {entry.address: entry for entry in self._entries()}
+            await self._listen_anew()
+            await self._compare()
         except VipError as error:
             if self._lease_end_ms is not None:
                 self._lose(NoticeKind.REMOVED, self._vips[0], f"perhaps: {error}")
-            return
-        if quiet:
-            return
+            loop = asyncio.get_running_loop()
+            self._listen_again = loop.call_later(_LISTEN_AGAIN_S, self._begin_recovery)
+        finally:
+            self._recovery = None
+
+    async def _listen_anew(self) -> None:
+        if self._events is not None:
+            self._events.close()
+        self._events = EventSocket(self._on_event)
+        await self._events.open()
+
+    async def _compare(self) -> None:
+        known = self._link
+        link = await self._opened().link(self._interface)
+        if self._link is known:  # or else an event has told it meanwhile, and knows better
+            self._set_link(link)
+        entries = {entry.address: entry for entry in await self._entries()}
         for vip in self._vips:
             entry = entries.get(vip)
             if entry is None and self._lease_end_ms is not None:

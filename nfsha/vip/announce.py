@@ -18,8 +18,7 @@ from typing import Final
 
 from nfsha.vip import packets
 from nfsha.vip.packets import Heard
-from nfsha.vip.route_socket import RouteSocket, VipError, VipRefused
-from nfsha.vip.rtnetlink import AddressEntry, Vip
+from nfsha.vip.rtnetlink import AddressEntry, RouteSocket, Vip, VipError, VipRefused
 
 # When an announcement is sent, in ms from its start: one frame may be lost, or come before a
 # switch has opened its port.
@@ -106,6 +105,7 @@ class Announcer:
             filters[packets.ETH_P_IPV6] = packets.advertisement_filter()
         try:
             self._kernel = RouteSocket()
+            await self._kernel.open()
             for kind, steps in filters.items():
                 self._ports[kind] = _Port(self._interface, kind, steps)
         except OSError as error:
@@ -163,12 +163,12 @@ class Announcer:
             raise ValueError(f"{rounds} rounds over {over_ms} ms")
         wanted = frozenset(vips)
         asked = [other for other in others if other not in wanted][:_OTHERS_MAX]
-        started_ms = self._clock_ms()
-        questions = self._questions([*wanted, *asked])
         listening = _Listening(wanted)
         self._listening.append(listening)
         whole_rounds = 0
         try:
+            questions = await self._questions([*wanted, *asked])
+            started_ms = self._clock_ms()
             for done in range(1, rounds + 1):
                 whole_rounds += self._send_all(questions)
                 until_ms = started_ms + over_ms * done // rounds
@@ -207,13 +207,13 @@ class Announcer:
                 frames.append((packets.ETH_P_IPV6, frame))
         self._send_all(frames)
 
-    def _questions(self, targets: Iterable[Vip]) -> list[tuple[int, bytes]]:
+    async def _questions(self, targets: Iterable[Vip]) -> list[tuple[int, bytes]]:
         """The frames of one round.
 
         IPv4 is asked twice: from 0.0.0.0 (RFC 5227: changes no cache, needs no address here), and
         from an address of our own, for switches that let no other sender pass.
         """
-        mac, own = self._mac(), self._own_addresses()
+        mac, own = self._mac(), await self._own_addresses()
         frames: list[tuple[int, bytes]] = []
         for target in targets:
             if isinstance(target, IPv4Address):
@@ -230,12 +230,12 @@ class Announcer:
                     frames.append((packets.ETH_P_IPV6, frame))
         return frames
 
-    def _own_addresses(self) -> list[AddressEntry]:
+    async def _own_addresses(self) -> list[AddressEntry]:
         if self._kernel is None:
             raise RuntimeError("not started")
         try:
-            link = self._kernel.link(self._interface)
-            entries = self._kernel.addresses(link.index) if link is not None else []
+            link = await self._kernel.link(self._interface)
+            entries = await self._kernel.addresses(link.index) if link is not None else []
         except VipError as error:
             self._trouble = str(error)
             return []

@@ -14,11 +14,14 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from nfsha.vip.rtnetlink import (
+from pyroute2.netlink import (
+    NETLINK_ADD_MEMBERSHIP,
+    NETLINK_NETFILTER,
     NLM_F_ACK,
     NLM_F_CREATE,
     NLM_F_DUMP,
@@ -26,20 +29,13 @@ from nfsha.vip.rtnetlink import (
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
-    Message,
-    Request,
-    error_code,
-    frame,
-    messages,
+    SOL_NETLINK,
 )
 
 TIMEOUT_MARK: Final = b"\xf5nfsha\xf5\x01"
 """Stands for an element's timeout (eight bytes) in a batch that is prepared once."""
 
-_NETLINK_NETFILTER: Final = 12
 _GROUP_NFTABLES: Final = 7  # NFNLGRP_NFTABLES
-_SOL_NETLINK: Final = 270
-_NETLINK_ADD_MEMBERSHIP: Final = 1
 _BUFFER_BYTES: Final = 65536
 _ANSWERS_MAX: Final = 65536  # datagrams read for one request; our table fits into a few
 _DUMP_TRIES_MAX: Final = 5
@@ -81,8 +77,27 @@ _GEN_PROC_PID: Final = 2
 _GEN_PROC_NAME: Final = 3
 _NESTED: Final = 0x8000
 
+_HEADER: Final = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE: Final = struct.Struct("=HH")  # nlattr: length, type
 _FAMILY: Final = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
+
+
+class Request(NamedTuple):
+    """One request without its header: message type, flags and payload."""
+
+    kind: int
+    flags: int
+    payload: bytes
+
+
+class Message(NamedTuple):
+    """One received message: its header's fields and its payload."""
+
+    kind: int
+    flags: int
+    sequence: int
+    port: int
+    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +134,26 @@ def delete_table(table: str) -> Request:
     return _change(_DELTABLE, 0, _name(_TABLE, table))
 
 
+def messages(buffer: bytes) -> Iterator[Message]:
+    """Reads all messages of one received buffer; a cut one ends the reading."""
+    offset = 0
+    while offset + _HEADER.size <= len(buffer):
+        length, kind, flags, sequence, port = _HEADER.unpack_from(buffer, offset)
+        if length < _HEADER.size or offset + length > len(buffer):
+            return
+        payload = buffer[offset + _HEADER.size : offset + length]
+        yield Message(kind, flags, sequence, port, payload)
+        offset += _align(length)
+
+
 def batch(changes: Sequence[Request]) -> bytes:
     """One transaction: all of the changes or none. The kernel acknowledges the last one."""
     edge = _FAMILY.pack(0, 0, _SUBSYSTEM)
-    framed = [frame(Request(_BATCH_BEGIN, NLM_F_REQUEST, edge), 0)]
+    framed = [_frame(Request(_BATCH_BEGIN, NLM_F_REQUEST, edge), 0)]
     for sequence, change in enumerate(changes, 1):
         last = NLM_F_ACK if sequence == len(changes) else 0
-        framed.append(frame(change._replace(flags=change.flags | last), sequence))
-    framed.append(frame(Request(_BATCH_END, NLM_F_REQUEST, edge), len(changes) + 1))
+        framed.append(_frame(change._replace(flags=change.flags | last), sequence))
+    framed.append(_frame(Request(_BATCH_END, NLM_F_REQUEST, edge), len(changes) + 1))
     return b"".join(framed)
 
 
@@ -148,7 +175,7 @@ class Nfnetlink:
         """Does one batch; raises OSError with the kernel's errno if nothing was changed."""
         self._socket.send(prepared)
         answers = list(_received(self._socket, _ANSWERS_MAX))
-        codes = [error_code(answer) for answer in answers if answer.kind == NLMSG_ERROR]
+        codes = [_error_code(answer) for answer in answers if answer.kind == NLMSG_ERROR]
         _raise(next((code for code in codes if code), 0))
         if not codes:
             raise OSError(errno.EPROTO, "the kernel did not acknowledge the change")
@@ -207,10 +234,10 @@ class Nfnetlink:
 
     def _ask(self, kind: int, attributes: bytes, flags: int = 0) -> list[Message]:
         payload = _FAMILY.pack(_NFPROTO_INET, 0, 0) + attributes
-        self._socket.send(frame(Request(kind, NLM_F_REQUEST | flags, payload), 1))
+        self._socket.send(_frame(Request(kind, NLM_F_REQUEST | flags, payload), 1))
         received = list(_received(self._socket, _ANSWERS_MAX))
         ends = [message for message in received if message.kind in (NLMSG_ERROR, NLMSG_DONE)]
-        _raise(next((error_code(end) for end in ends if error_code(end)), 0))
+        _raise(next((_error_code(end) for end in ends if _error_code(end)), 0))
         answers = [message for message in received if message not in ends]
         if not received:
             raise OSError(errno.EPROTO, "the kernel did not answer")
@@ -281,11 +308,11 @@ class NftablesEvents:
 
 
 def _netfilter_socket(group: int) -> socket.socket:
-    link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     try:
         link.bind((0, 0))
         if group:
-            link.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+            link.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         else:
             link.connect((0, 0))
         link.setblocking(False)
@@ -305,6 +332,16 @@ def _received(
             return
         if wanted(datagram):
             yield from messages(datagram)
+
+
+def _frame(request: Request, sequence: int) -> bytes:
+    length = _HEADER.size + len(request.payload)
+    return _HEADER.pack(length, request.kind, request.flags, sequence, 0) + request.payload
+
+
+def _error_code(message: Message) -> int:
+    """The errno that an NLMSG_ERROR or NLMSG_DONE message carries, 0 for an acknowledgement."""
+    return -int.from_bytes(message.payload[:4], sys.byteorder, signed=True)
 
 
 def _raise(code: int) -> None:

@@ -1,81 +1,56 @@
-"""Route netlink (addresses, links) as bytes: builds requests, reads answers and events.
+"""Addresses and links of this network namespace, by pyroute2: requests, and what the kernel tells.
 
-Pure: opens no socket, reads no clock, decides nothing. Numbers are from linux/netlink.h,
-linux/rtnetlink.h, linux/if_addr.h and linux/if_link.h. A cut or malformed message ends the
-reading of its buffer; nothing here raises for what it receives.
+It turns pyroute2's messages into values and refusals into `VipError`; it knows no lease and decides
+nothing. Up to the system call nothing here gives the loop back; the answer comes through the loop.
 """
 
-import struct
-from collections.abc import Iterator
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Final, NamedTuple
+from typing import Any, Final
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST
+from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkError
+from pyroute2.netlink.rtnl import (
+    RTM_GETADDR,
+    RTM_GETLINK,
+    RTMGRP_IPV4_IFADDR,
+    RTMGRP_IPV6_IFADDR,
+    RTMGRP_LINK,
+)
+from pyroute2.netlink.rtnl.ifaddrmsg import (
+    IFA_F_DADFAILED,
+    IFA_F_NODAD,
+    IFA_F_NOPREFIXROUTE,
+    IFA_F_PERMANENT,
+    IFA_F_TENTATIVE,
+    ifaddrmsg,
+)
+from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_RUNNING, IFF_UP, ifinfmsg
 
 Vip = IPv4Address | IPv6Address
 
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
-RTM_NEWLINK: Final = 16
-RTM_DELLINK: Final = 17
-RTM_GETLINK: Final = 18
-RTM_NEWADDR: Final = 20
-RTM_DELADDR: Final = 21
-RTM_GETADDR: Final = 22
+INFINITY_S: Final = 0xFFFFFFFF  # INFINITY_LIFE_TIME (net/addrconf.h): an address without an end
 
-NLM_F_REQUEST: Final = 0x001
-NLM_F_ACK: Final = 0x004
-NLM_F_DUMP_INTR: Final = 0x010
-NLM_F_DUMP: Final = 0x300
-NLM_F_REPLACE: Final = 0x100
-NLM_F_CREATE: Final = 0x400
-
-# Multicast groups of the event socket: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR.
-EVENT_GROUPS: Final = 0x1 | 0x10 | 0x100
-
-SOL_NETLINK: Final = 270
-NETLINK_GET_STRICT_CHK: Final = 12
-
-INFINITY_S: Final = 0xFFFFFFFF  # INFINITY_LIFE_TIME: an address without an end
-
-_AF_INET: Final = 2
-_AF_INET6: Final = 10
-_IFA_ADDRESS: Final = 1
-_IFA_LOCAL: Final = 2
-_IFA_CACHEINFO: Final = 6
-_IFA_FLAGS: Final = 8
-_IFA_F_NODAD: Final = 0x02
-_IFA_F_DADFAILED: Final = 0x08
-_IFA_F_TENTATIVE: Final = 0x40
-_IFA_F_PERMANENT: Final = 0x80
-_IFA_F_NOPREFIXROUTE: Final = 0x200
-_IFLA_IFNAME: Final = 3
-_IFF_UP: Final = 0x1
-_IFF_RUNNING: Final = 0x40
-_IFF_LOWER_UP: Final = 0x10000
-
-_HEADER: Final = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE: Final = struct.Struct("=HH")  # rtattr: length, type
-_ADDRESS: Final = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefixlen, flags, scope, index
-_LINK: Final = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
-_CACHEINFO: Final = struct.Struct("=IIII")  # preferred, valid, created, touched
+_ANSWER_WITHIN_S: Final = 1.0  # the kernel answers inside the call; the loop has to come to read it
+_DUMP_TRIES_MAX: Final = 3
+_DATAGRAM_BYTES: Final = 65536
+_DRAIN_MAX: Final = 2048
+_ABLE: Final = IFF_UP | IFF_RUNNING | IFF_LOWER_UP
 
 
-class Request(NamedTuple):
-    """One request without its header: message type, flags and payload."""
-
-    kind: int
-    flags: int
-    payload: bytes
+class VipError(Exception):
+    """The kernel could not do, or could not prove, what was asked; the message says what to do."""
 
 
-class Message(NamedTuple):
-    """One received message: its header's fields and its payload."""
-
-    kind: int
-    flags: int
-    sequence: int
-    port: int
-    payload: bytes
+class VipRefused(VipError):  # noqa: N818 - what happened, not that something did
+    """The interface cannot carry the VIPs as it is: an operator has to change something first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +74,12 @@ class AddressEntry:
     @property
     def permanent(self) -> bool:
         """True if the address has no end of life."""
-        return self.valid_s == INFINITY_S or bool(self.flags & _IFA_F_PERMANENT)
+        return self.valid_s == INFINITY_S or bool(self.flags & IFA_F_PERMANENT)
 
     @property
     def usable(self) -> bool:
         """False while (or after) duplicate address detection keeps it from answering."""
-        return not self.flags & (_IFA_F_TENTATIVE | _IFA_F_DADFAILED)
+        return not self.flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,130 +92,178 @@ class LinkEntry:
     carrier: bool
 
 
-def add_address(index: int, vip: Vip, valid_s: int) -> Request:
-    """Adds a VIP with a lifetime of `valid_s`, or sets the lifetime of one that is there.
+class RouteSocket:
+    """Asks and changes. Its methods raise VipError."""
 
-    IPv6 goes without duplicate address detection (the old holder may still be there, silenced),
-    and deprecated from the start, so that the node never picks the VIP as the source of its own
-    connections (RFC 6724 rule 3); a /32 is not picked by IPv4 beside an address of the subnet.
+    def __init__(self) -> None:
+        # With strict checks the kernel lists the addresses of the wanted interface only.
+        self._route = AsyncIPRoute(groups=0, strict_check=True)
+
+    async def open(self) -> None:
+        """Opens the socket, in the network namespace of the calling thread."""
+        async with _in_time("netlink socket not opened"):
+            await self._route.setup_endpoint()
+
+    def close(self) -> None:
+        """Closes the socket. Idempotent."""
+        self._route.close()
+
+    async def put(self, index: int, vip: Vip, valid_s: int) -> int:
+        """Adds a VIP with a lifetime, or sets the lifetime of one that is there; returns an errno.
+
+        IPv6 goes without duplicate address detection (the old holder may still be there, silenced),
+        and deprecated from the start, so that the node never picks the VIP as the source of its own
+        connections (RFC 6724 rule 3); a /32 is not picked by IPv4 beside an address of the subnet.
+        """
+        ipv6 = vip.version == 6
+        return await _errno(
+            self._route.addr(
+                "replace",
+                index=index,
+                address=str(vip),
+                prefixlen=vip.max_prefixlen,
+                flags=IFA_F_NODAD | IFA_F_NOPREFIXROUTE if ipv6 else 0,
+                preferred_lft=0 if ipv6 else valid_s,
+                valid_lft=valid_s,
+            )
+        )
+
+    async def delete(self, index: int, vip: Vip, prefixlen: int) -> int:
+        """Removes one address; returns an errno, EADDRNOTAVAIL if it is not there."""
+        return await _errno(
+            self._route.addr("delete", index=index, address=str(vip), prefixlen=prefixlen)
+        )
+
+    async def addresses(self, index: int) -> list[AddressEntry]:
+        """All addresses of one interface, or of all for 0; none if it does not exist."""
+        for _ in range(_DUMP_TRIES_MAX):
+            request = ifaddrmsg()
+            request["index"] = index
+            async with _in_time("addresses cannot be listed"):
+                try:
+                    answer = await self._route.nlm_request(
+                        request, RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP
+                    )
+                    found = [message async for message in answer]
+                except NetlinkError as error:
+                    if error.code == errno.ENODEV:
+                        return []
+                    raise
+            # Somebody changed addresses between two parts of the list: it may have holes.
+            if not any(message["header"]["flags"] & NLM_F_DUMP_INTR for message in found):
+                entries = [entry for entry in map(address_entry, found) if entry is not None]
+                return [entry for entry in entries if index in (0, entry.index)]
+        raise VipError("the kernel's list of addresses changes faster than it can be read")
+
+    async def link(self, name: str) -> LinkEntry | None:
+        """The interface of that name, None if there is none."""
+        request = ifinfmsg()
+        request["attrs"] = [("IFLA_IFNAME", name)]
+        async with _in_time(f"interface {name} cannot be looked up"):
+            try:
+                # Not by pyroute2's link("get"): that asks for an acknowledgement besides the
+                # answer, which nobody awaits, so that it stays in a queue for ever.
+                answer = await self._route.nlm_request(request, RTM_GETLINK, NLM_F_REQUEST)
+                [message] = [message async for message in answer]
+            except NetlinkError as error:
+                if error.code == errno.ENODEV:
+                    return None
+                raise
+        return link_entry(message)
+
+
+class EventSocket(AsyncIPRoute):  # type: ignore[misc] # pyroute2 ships no types
+    """Hears of all changes of addresses and links, and calls `told` with each message at once.
+
+    `told` gets None when events were lost (the kernel's queue was full): pyroute2 takes no more
+    from this socket then, so that a new one is needed, and a look at what is there.
     """
-    preferred_s, flags = valid_s, 0
-    if vip.version == 6:
-        preferred_s, flags = 0, _IFA_F_NODAD | _IFA_F_NOPREFIXROUTE
-    payload = (
-        _ADDRESS.pack(_family(vip), vip.max_prefixlen, 0, 0, index)
-        + _attribute(_IFA_LOCAL, vip.packed)
-        + _attribute(_IFA_ADDRESS, vip.packed)
-        + _attribute(_IFA_FLAGS, struct.pack("=I", flags))
-        + _attribute(_IFA_CACHEINFO, _CACHEINFO.pack(preferred_s, valid_s, 0, 0))
-    )
-    return Request(RTM_NEWADDR, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, payload)
 
+    def __init__(self, told: Callable[[Any], None]) -> None:
+        super().__init__(groups=RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+        self._told = told
+        self._lossy = False
 
-def delete_address(index: int, vip: Vip, prefixlen: int) -> Request:
-    """Removes one address; the kernel answers EADDRNOTAVAIL if it is not there."""
-    payload = (
-        _ADDRESS.pack(_family(vip), prefixlen, 0, 0, index)
-        + _attribute(_IFA_LOCAL, vip.packed)
-        + _attribute(_IFA_ADDRESS, vip.packed)
-    )
-    return Request(RTM_DELADDR, NLM_F_REQUEST | NLM_F_ACK, payload)
+    async def open(self) -> None:
+        """Opens the socket and begins to listen. Raises VipError."""
+        async with _in_time("netlink events cannot be heard"):
+            try:
+                await self.bind()
+            except KeyError as error:  # pyroute2 tried 180 port numbers
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from error
 
+    def enqueue(self, data: bytes, addr: tuple[int, int] | None) -> None:
+        """Called by pyroute2 for each datagram, and without an address for an error or the end."""
+        if addr is not None:
+            for message in self.marshal.parse(data):
+                self._told(message)
+        elif "error" in self.status and not self._lossy:
+            self._lossy = True
+            self._told(None)
 
-def dump_addresses(index: int) -> Request:
-    """Lists the addresses of one interface, of all interfaces for index 0.
-
-    The kernel looks at the index only on a socket with NETLINK_GET_STRICT_CHK.
-    """
-    return Request(RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP, _ADDRESS.pack(0, 0, 0, 0, index))
-
-
-def get_link(name: str) -> Request:
-    """Asks for one interface by name; the kernel answers ENODEV if there is none."""
-    payload = _LINK.pack(0, 0, 0, 0, 0) + _attribute(_IFLA_IFNAME, name.encode() + b"\0")
-    return Request(RTM_GETLINK, NLM_F_REQUEST | NLM_F_ACK, payload)
-
-
-def frame(request: Request, sequence: int) -> bytes:
-    """The request with its header, as it goes into the socket."""
-    length = _HEADER.size + len(request.payload)
-    return _HEADER.pack(length, request.kind, request.flags, sequence, 0) + request.payload
-
-
-def messages(buffer: bytes) -> Iterator[Message]:
-    """Reads all messages of one received buffer."""
-    offset = 0
-    while offset + _HEADER.size <= len(buffer):
-        length, kind, flags, sequence, port = _HEADER.unpack_from(buffer, offset)
-        if length < _HEADER.size or offset + length > len(buffer):
+    def drain(self) -> None:
+        """Tells all that the kernel has queued until now, without waiting for the loop."""
+        try:
+            for _ in range(_DRAIN_MAX):
+                self.enqueue(self.recv(_DATAGRAM_BYTES), (0, 0))
+        except BlockingIOError:
             return
-        payload = buffer[offset + _HEADER.size : offset + length]
-        yield Message(kind, flags, sequence, port, payload)
-        offset += _align(length)
+        except OSError as error:
+            self.status["error"] = error
+        else:
+            self.status["error"] = OSError(errno.ENOBUFS, "more events than can be read")
+        self.enqueue(b"", None)
 
 
-def error_code(message: Message) -> int:
-    """The errno that an NLMSG_ERROR or NLMSG_DONE message carries, 0 for an acknowledgement."""
-    if len(message.payload) < 4:
-        return 0
-    (code,) = struct.unpack_from("=i", message.payload)
-    return -int(code)
-
-
-def address_entry(message: Message) -> AddressEntry | None:
-    """Reads an RTM_NEWADDR or RTM_DELADDR message; None if it is cut or of another family."""
-    if len(message.payload) < _ADDRESS.size:
+def address_entry(message: Any) -> AddressEntry | None:  # noqa: ANN401 - pyroute2 ships no types
+    """Reads an RTM_NEWADDR or RTM_DELADDR message; None if it is of another family."""
+    if message["family"] not in (socket.AF_INET, socket.AF_INET6):
         return None
-    family, prefixlen, flags, _, index = _ADDRESS.unpack_from(message.payload)
-    if family not in (_AF_INET, _AF_INET6):
-        return None
-    attributes = dict(_attributes(message.payload, _ADDRESS.size))
     # IFA_LOCAL is the own address; IFA_ADDRESS may be that of a point-to-point peer (if_addr.h).
-    raw = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS, b""))
-    if len(raw) != (4 if family == _AF_INET else 16):
-        return None
-    valid_s, touched_cs = INFINITY_S, 0
-    if len(cacheinfo := attributes.get(_IFA_CACHEINFO, b"")) >= _CACHEINFO.size:
-        _, valid_s, _, touched_cs = _CACHEINFO.unpack_from(cacheinfo)
-    if len(wide := attributes.get(_IFA_FLAGS, b"")) >= 4:
-        (flags,) = struct.unpack_from("=I", wide)
-    return AddressEntry(index, ip_address(raw), prefixlen, flags, valid_s, touched_cs, message.port)
+    address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+    lifetime = message.get_attr("IFA_CACHEINFO") or {"ifa_valid": INFINITY_S, "tstamp": 0}
+    return AddressEntry(
+        index=message["index"],
+        address=ip_address(address),
+        prefixlen=message["prefixlen"],
+        flags=message.get_attr("IFA_FLAGS") or message["flags"],
+        valid_s=lifetime["ifa_valid"],
+        touched_cs=lifetime["tstamp"],
+        port=message["header"]["pid"],
+    )
 
 
-def link_entry(message: Message) -> LinkEntry | None:
+def link_entry(message: Any) -> LinkEntry | None:  # noqa: ANN401 - pyroute2 ships no types
     """Reads an RTM_NEWLINK or RTM_DELLINK message.
 
-    None if it is cut, or not about the link itself: a bridge says with family AF_BRIDGE that
-    a port left it, by the same message type.
+    None if it is not about the link itself: a bridge says with family AF_BRIDGE that a port left
+    it, by the same message type.
     """
-    if len(message.payload) < _LINK.size:
+    if message["family"] != socket.AF_UNSPEC:
         return None
-    family, _, index, flags, _ = _LINK.unpack_from(message.payload)
-    if family != 0:
-        return None
-    raw = dict(_attributes(message.payload, _LINK.size)).get(_IFLA_IFNAME, b"")
-    name = raw.rstrip(b"\0").decode(errors="replace")
-    able = _IFF_UP | _IFF_RUNNING | _IFF_LOWER_UP
-    return LinkEntry(index, name, bool(flags & _IFF_UP), flags & able == able)
+    flags = message["flags"]
+    name = message.get_attr("IFLA_IFNAME")
+    return LinkEntry(message["index"], name, bool(flags & IFF_UP), flags & _ABLE == _ABLE)
 
 
-def _family(vip: Vip) -> int:
-    return _AF_INET if vip.version == 4 else _AF_INET6
+async def _errno(call: Awaitable[object]) -> int:
+    async with _in_time("the kernel did not answer"):
+        try:
+            await call
+        except NetlinkError as error:
+            return int(error.code)
+    return 0
 
 
-def _align(length: int) -> int:
-    return (length + 3) & ~3
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(value)
-    return _ATTRIBUTE.pack(length, kind) + value + bytes(_align(length) - length)
-
-
-def _attributes(payload: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    while offset + _ATTRIBUTE.size <= len(payload):
-        length, kind = _ATTRIBUTE.unpack_from(payload, offset)
-        if length < _ATTRIBUTE.size or offset + length > len(payload):
-            return
-        yield kind & 0x3FFF, payload[offset + _ATTRIBUTE.size : offset + length]
-        offset += _align(length)
+@asynccontextmanager
+async def _in_time(what: str) -> AsyncIterator[None]:
+    """Turns what fails, or takes too long, into VipError."""
+    try:
+        async with asyncio.timeout(_ANSWER_WITHIN_S):
+            yield
+    except TimeoutError as error:
+        raise VipError(f"{what}: no answer within {_ANSWER_WITHIN_S:.0f} s") from error
+    except NetlinkError as error:
+        raise VipError(f"{what}: {os.strerror(error.code)}") from error
+    except (OSError, NetlinkDecodeError) as error:
+        raise VipError(f"{what}: {error}") from error

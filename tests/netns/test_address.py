@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from pyroute2.netlink.rtnl import RTM_NEWADDR
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
-from nfsha.vip import rtnetlink
 from nfsha.vip.address import (
     AddressDriver,
     AddressNotice,
@@ -18,7 +19,7 @@ from nfsha.vip.address import (
     Outcome,
     VipRefused,
 )
-from nfsha.vip.rtnetlink import Request, Vip
+from nfsha.vip.rtnetlink import AddressEntry, Vip
 from tests.netns.namespaces import Namespace, connect, inside, namespaces
 
 V4 = IPv4Address("10.77.0.9")
@@ -85,6 +86,13 @@ class Bench:
         links = json.loads(self.node.ip("-j", "address", "show", "dev", interface))
         infos = [info for link in links for info in link.get("addr_info", [])]
         return {i["local"]: i for i in infos if i["local"] in set(map(str, ALL))}
+
+    def commotion(self, events: int) -> None:
+        """Makes address events that are nobody's business."""
+        lines = "\n".join(
+            f"address add 10.78.{n // 250}.{n % 250}/32 dev lo" for n in range(events)
+        )
+        self.node.exec("sh", "-c", f"printf '{lines}\n' | ip -batch -")
 
     async def noticed(
         self, kind: NoticeKind, vip: Vip | None, within_s: float = 3
@@ -255,14 +263,15 @@ def test_a_removal_between_check_and_renewal_is_found(
     async def body(driver: AddressDriver) -> None:
         assert (await driver.add(FAR_MS)).held
         kernel = driver._opened()
-        change = kernel.change
+        put = kernel.put
 
-        def gone_in_between(requests: list[Request]) -> list[int]:
-            monkeypatch.setattr(kernel, "change", change)
+        async def gone_in_between(index: int, first: Vip, valid_s: int) -> int:
+            monkeypatch.setattr(kernel, "put", put)
+            bench.commotion(50)  # what comes before the removal takes the loop many turns
             bench.node.ip("address", "del", f"{vip}/{vip.max_prefixlen}", "dev", "e0")
-            return change(requests)
+            return await put(index, first, valid_s)
 
-        monkeypatch.setattr(kernel, "change", gone_in_between)
+        monkeypatch.setattr(kernel, "put", gone_in_between)
         ended(await driver.renew(FAR_MS), Outcome.LOST)
         assert bench.shown() == {}
 
@@ -418,6 +427,36 @@ def test_half_a_leftover_is_not_adopted_and_not_touched(bench: Bench) -> None:
     bench.run(second)
 
 
+@pytest.mark.parametrize("way", ["add", "adopt"])
+def test_a_removal_told_before_a_lease_is_taken_is_not_forgotten(
+    bench: Bench, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel lists the VIP, somebody removes it, and the loop reads of that first."""
+
+    async def leave_one(driver: AddressDriver) -> None:
+        assert (await driver.add(FAR_MS)).held
+
+    async def body(driver: AddressDriver) -> None:
+        kernel = driver._opened()
+        addresses = kernel.addresses
+
+        async def gone_behind(index: int) -> list[AddressEntry]:
+            listed = await addresses(index)
+            if any(entry.address == V4 for entry in listed):
+                monkeypatch.setattr(kernel, "addresses", addresses)
+                bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
+                await asyncio.sleep(0.02)
+            return listed
+
+        monkeypatch.setattr(kernel, "addresses", gone_behind)
+        ended(await (driver.add(FAR_MS) if way == "add" else driver.adopt()), Outcome.LOST)
+        assert bench.shown() == {}
+
+    if way == "adopt":
+        bench.run(leave_one, vips=(V4,))
+    bench.run(body, vips=(V4,))
+
+
 def test_an_announced_absence_lasts_as_long_as_it_says(bench: Bench) -> None:
     async def body(driver: AddressDriver) -> None:
         ended(await driver.extend(8, FAR_MS), Outcome.LOST)
@@ -439,9 +478,16 @@ def test_a_late_echo_of_our_own_addition_is_no_notice(bench: Bench) -> None:
         bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
         await bench.noticed(NoticeKind.REMOVED, V4)
         assert driver._link is not None
-        echo = rtnetlink.frame(rtnetlink.add_address(driver._link.index, V6, 2), 0)
-        for message in rtnetlink.messages(echo):
-            driver._on_event(message, quiet=False)
+        echo = ifaddrmsg()
+        echo["header"]["type"] = RTM_NEWADDR
+        echo["family"], echo["prefixlen"], echo["index"] = socket.AF_INET6, 128, driver._link.index
+        echo["attrs"] = [
+            ("IFA_ADDRESS", str(V6)),
+            ("IFA_CACHEINFO", {"ifa_preferred": 0, "ifa_valid": 2}),
+        ]
+        echo.encode()
+        assert driver._events is not None
+        driver._events.enqueue(echo.data, (0, 0))
         assert [notice.vip for notice in bench.notices] == [V4]
 
     bench.run(body)
@@ -489,16 +535,22 @@ def test_an_interface_that_goes_and_comes_back_serves_again(bench: Bench) -> Non
     bench.run(body)
 
 
-def test_a_removal_among_too_many_events_is_still_noticed(bench: Bench) -> None:
+@pytest.mark.parametrize("first", ["the loop", "a renewal"])
+def test_a_removal_among_too_many_events_is_still_noticed(bench: Bench, first: str) -> None:
     async def body(driver: AddressDriver) -> None:
         assert (await driver.add(FAR_MS)).held
         assert driver._events is not None
-        driver._events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        flood = "\n".join(f"address add 10.78.{n // 250}.{n % 250}/32 dev lo" for n in range(200))
-        bench.node.exec("sh", "-c", f"printf '{flood}\n' | ip -batch -")
+        driver._events.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        bench.commotion(200)
         bench.node.ip("address", "del", f"{V4}/32", "dev", "e0")
+        if first == "a renewal":
+            ended(await driver.renew(FAR_MS), Outcome.LOST)
         notice = await bench.noticed(NoticeKind.REMOVED, V4)
         assert "overflow" in notice.detail
+        # And the next one is heard again.
+        assert (await driver.add(FAR_MS)).held
+        bench.node.ip("address", "del", f"{V6}/128", "dev", "e0")
+        assert "another program" in (await bench.noticed(NoticeKind.REMOVED, V6)).detail
 
     bench.run(body)
 

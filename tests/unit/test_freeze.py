@@ -21,7 +21,7 @@ from nfsha.vip.freeze import (
 )
 from nfsha.vip.iptables import IptablesLease
 from nfsha.vip.nftables import NftablesLease, ruleset
-from nfsha.vip.rtnetlink import Vip, messages
+from nfsha.vip.rtnetlink import Vip
 
 VIP = IPv4Address("10.0.0.1")
 GUARDED = Guarded([VIP, IPv6Address("fd00::1")], [IPv4Address("10.0.0.9")], DEFAULT_PORTS)
@@ -73,7 +73,7 @@ def test_the_ruleset_names_each_address_once_and_no_interface() -> None:
 
 def test_a_batch_asks_for_one_acknowledgement_at_its_last_change() -> None:
     changes = [nfnetlink.flush_set("t", "s"), nfnetlink.add_elements("t", "s", [VIP.packed])]
-    framed = list(messages(nfnetlink.batch(changes)))
+    framed = list(nfnetlink.messages(nfnetlink.batch(changes)))
     assert [message.kind & 0xFF for message in framed] == [0x10, 14, 12, 0x11]
     assert [bool(message.flags & 4) for message in framed] == [False, False, True, False]
     assert nfnetlink.batch(changes).count(nfnetlink.TIMEOUT_MARK) == 1
