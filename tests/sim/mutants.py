@@ -31,6 +31,7 @@ from nfsha.core.state import State
 from tests.sim import node as simulated
 from tests.sim.arbiters import Connection, Record
 from tests.sim.kernel import AddressDriver
+from tests.sim.scenarios import STAYS_DOWN
 
 Patch = pytest.MonkeyPatch
 LONG_MS = 3_600_000
@@ -39,11 +40,15 @@ RECONNECT_US = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One simpler rule: the trace that must catch it, what it says, and how it is put in."""
+    """One simpler rule: the trace that must catch it, what it says, and how it is put in.
+
+    `kind` is the failure that it leads to, where that is not the one that the trace is named for.
+    """
 
     trace: int
     name: str
     apply: Callable[[Patch], None]
+    kind: str = ""
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -113,8 +118,12 @@ def _trace_8(patch: Patch) -> None:
     patch.setattr(lease, "peer_serves", peer_serves)
 
 
-def _trace_9(patch: Patch) -> None:
+def _trace_9_silence(patch: Patch) -> None:
     patch.setattr(duties, "withhold", lambda state, now_ms: None)
+
+
+def _trace_9_fault(patch: Patch) -> None:
+    patch.setattr(lease, "IDLE_PHASES", lease.IDLE_PHASES - {Phase.FAULT})
 
 
 def _trace_10(patch: Patch) -> None:
@@ -178,11 +187,6 @@ def _trace_12(patch: Patch) -> None:
 
     patch.setattr(engine, "decide", timers_first)
     patch.setattr(lease, "silence_since_ms", lambda state: state.heard_ms)
-    patch.setattr(
-        lease,
-        "grants_ended",
-        lambda state, now_ms: now_ms - state.heard_ms >= lease.takeover_wait_ms(state),
-    )
     patch.setitem(guards.TURN_GUARDS, Phase.TAKEOVER, deaf_takeover)
 
 
@@ -240,8 +244,20 @@ class ReconnectingConnection(Connection):
             self._ping()
 
 
-def _trace_15(patch: Patch) -> None:
+def _trace_15_library(patch: Patch) -> None:
     patch.setattr(simulated, "Connection", ReconnectingConnection)
+
+
+def _trace_15_isolated(patch: Patch) -> None:
+    real = duties._may_take_token
+
+    def may_take_token(state: State, now_ms: int) -> bool:
+        if state.phase is not Phase.ISOLATED or not state.is_authority:
+            return real(state, now_ms)
+        waited_ms = now_ms - state.token_tried_ms
+        return state.token_since_ms is None and waited_ms >= duties.TOKEN_RETRY_MS
+
+    patch.setattr(duties, "_may_take_token", may_take_token)
 
 
 def _trace_16(patch: Patch) -> None:
@@ -284,14 +300,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(2, "one probe", _trace_2_one_probe),
     Mutant(2, "a survey counts though the interface hears nobody", _trace_2_deaf),
     Mutant(8, "a taker's echo grants and is evidence", _trace_8),
-    Mutant(9, "only silence ends a grant", _trace_9),
+    Mutant(9, "only silence ends a grant", _trace_9_silence),
+    Mutant(9, "a peer in FAULT holds the takeover off for ever", _trace_9_fault),
     Mutant(10, "an adopted address is renewed at once", _trace_10),
     Mutant(11, "the gateway's answer brings a node back", _trace_11_witness),
     Mutant(11, "standing evidence needs no look at the VIP", _trace_11_standing),
     Mutant(12, "timers before sockets, and silence by the clock", _trace_12),
     Mutant(13, "a promise ends with the boot", _trace_13),
     Mutant(14, "the broker's record permits", _trace_14),
-    Mutant(15, "the token reconnects by itself", _trace_15),
+    Mutant(15, "the token reconnects by itself", _trace_15_library),
+    Mutant(15, "who lost the token always takes it back", _trace_15_isolated, STAYS_DOWN),
     Mutant(16, "one link and a mere witness are taken", _trace_16),
     Mutant(17, "the peer's word stands for the own journal", _trace_17_told),
     Mutant(17, "no journal is a new node, whatever the volumes say", _trace_17_stamps),

@@ -419,9 +419,13 @@ def trace_14(only: str | None) -> None:
 def trace_15(only: str | None) -> None:
     """D: two nodes reconnect the token in turn for ever.
 
-    Token. From 2 s on no heartbeat passes, over no link and not by the relay, nor does ARP; both
-    reach the broker. B takes the token, which cuts A's connection. In each moment one node at most
-    may count on it.
+    Token. First act: from 2 s on no heartbeat passes, over no link and not by the relay, nor does
+    ARP; both reach the broker. B takes the token, which cuts A's connection. At each moment one
+    node at most may count on it. (By the production rules they take it in turn once a second while
+    that lasts, and A serves some 0.4 s of each.)
+
+    Second act (S): as before, but B's heartbeats reach A by the relay. A, ISOLATED, leaves the
+    token to the taker that it hears, so B must serve.
     """
     world = TraceWorld(TOKEN, only)
     world.settle()
@@ -433,6 +437,16 @@ def trace_15(only: str | None) -> None:
     world.heal()
     world.run_for(4)
     expect(world.a.accepts() or world.b.accepts(), "healed, one of them serves")
+    _taker_is_heard(only)
+
+
+def _taker_is_heard(only: str | None) -> None:
+    world = TraceWorld(TOKEN, only)
+    world.settle()
+    world.cut_links()
+    world.paths.muted.add(Role.PRIMARY)
+    world.wait(1.5, lambda: world.b.phase() is Phase.TAKEOVER, "B is in TAKEOVER")
+    world.serves_within(world.b, 3, "the nodes take the token from each other")
 
 
 ONE_LINK = """
