@@ -43,7 +43,7 @@ def _(what: model.Heard, state: State, now_ms: int) -> None:
         return
     _take_report(state, datagram, echo, now_ms)
     _take_evidence(state, datagram, echo)
-    _take_promises(state, datagram, echo)
+    _take_promises(state, datagram, echo, now_ms)
 
 
 def _echo_of_ours(state: State, datagram: Datagram) -> Echo | None:
@@ -97,6 +97,8 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
     state.peer_seq = datagram.seq
     state.heard_ms = now_ms
     state.report = datagram
+    if echo is datagram.echo:
+        state.known_to_peer = True
     state.echoed_high = max(state.echoed_high, echo.seq)
     if not _sent_before_the_fence(state, datagram, now_ms):
         state.peer_down = ""
@@ -154,10 +156,10 @@ def sent_at_ms(state: State, seq: int) -> int:
     return state.sent_ms[-1 - back]
 
 
-def _take_promises(state: State, datagram: Datagram, echo: Echo) -> None:
+def _take_promises(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> None:
     own_reign = state.is_authority
     state.journal_if(
-        peer_promise=own_reign and datagram.promise is PromiseState.STANDING,
+        peer_promise=own_reign and _promise_counts(state, datagram, now_ms),
         peer_agent_only=own_reign and datagram.agent_only,
     )
     if state.promise_from_seq and echo.seq >= state.promise_from_seq:
@@ -169,6 +171,19 @@ def _take_promises(state: State, datagram: Datagram, echo: Echo) -> None:
     )
     if cleared and state.promise_state is PromiseState.CLEARING:
         state.journal_if(promise=False)
+
+
+def _promise_counts(state: State, datagram: Datagram, now_ms: int) -> bool:
+    """Is the peer's promise to be counted on after this datagram?
+
+    A peer that wants to end its promise is bound until this node shows that it knows. A serving
+    node says so only once it has other evidence: else the first word of a returned peer would
+    interrupt the service, for its first grant comes one exchange later (I8).
+    """
+    if datagram.promise is not PromiseState.CLEARING:
+        return datagram.promise is PromiseState.STANDING
+    fresh_echo = now_ms - state.echo_ms < state.config.timings.hold_ms
+    return state.serving and state.want.peer_promise and not fresh_echo
 
 
 # --------------------------------------------------------------------------- witnesses, token

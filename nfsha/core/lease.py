@@ -208,6 +208,8 @@ def takeover_obstacle(state: State) -> str:
     """Which of takeover conditions 2 and 3, or the promise, forbids a takeover; "" when none."""
     if state.durable.promise or state.want.promise:
         return "promised"
+    if not state.known_to_peer:
+        return "unknown-to-peer"
     if not state.whole:
         return "not-whole"
     if state.fit is not True:
@@ -215,10 +217,19 @@ def takeover_obstacle(state: State) -> str:
     return ""
 
 
+def peer_is_behind(state: State) -> bool:
+    """The peer's epoch is below one that this node knows, be it only from the authority record."""
+    theirs = state.report.epoch if state.report is not None else None
+    record = state.record_epoch
+    known = max(state.epoch_number, record.number if record is not None else 0)
+    return theirs is not None and theirs.number < known
+
+
 def grants(state: State) -> bool:
     """Does the echo in this node's next datagram grant anything?"""
     return (
         state.phase not in NO_EVIDENCE_PHASES
         and not state.serving
+        and not peer_is_behind(state)
         and state.withhold_since_ms is None
     )

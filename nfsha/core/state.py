@@ -98,6 +98,8 @@ class State:
     idle_since_ms: int | None = None
     """Since when the peer is heard, but neither serves nor is about to."""
     pending: tuple[Echo, ...] = ()
+    known_to_peer: bool = False
+    """The peer echoed this session as a confirmed one: it knows that this node is up."""
     record_epoch: Epoch | None = None
 
     # evidence

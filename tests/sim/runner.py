@@ -130,7 +130,8 @@ def _operator_helps(world: World) -> str:
         keep = world.random.choice(list(Role))
         world.nodes[keep].command(CommandKind.RESOLVE, keep=keep)
         return "resolve"
-    if shown <= {"W97", "R92", "R93"} and journals_lost:
+    # W91 beside R92: the lost journal's epoch is known from the broker's record, and is the higher.
+    if shown <= {"W91", "W97", "R92", "R93"} and journals_lost:
         node = world.random.choice(list(world.nodes.values()))
         node.command(CommandKind.ACTIVATE)
         return "activate"
