@@ -520,7 +520,6 @@ _NEXT_BY_ROW: Mapping[str, str] = {
 """What an operator does about a row; rows that need nothing are missing."""
 
 _NEXT_BY_OBSTACLE: Mapping[str, str] = {
-    "unknown-to-peer": "start the other node; if it is off for certain: `nfsha activate` here",
     "promised": "start the other node; if it is off for certain: `nfsha activate --force` here",
     "not-whole": "start the other node; if it is gone for good, and this data is good enough: "
     "`nfsha activate` here",
