@@ -93,6 +93,7 @@ class World:
         self.health = _service_health(settings)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
+        self._newest = (0, 0)
         self._tasks: list[asyncio.Task[None]] = []
         self._chosen: ServiceLease | None = None
 
@@ -185,6 +186,11 @@ class World:
 
     def _deliver(self, link: str, datagram: Datagram, at_ms: int) -> None:
         del at_ms  # the engine dates it by its own turn: later, and so on the safe side
+        heard = (datagram.session, datagram.seq)
+        if heard == self._newest:  # over another link: it says nothing new, and needs no turn
+            self._inbox.put_quietly(model.Heard(datagram, link))
+            return
+        self._newest = heard
         self._inbox.put(model.Heard(datagram, link))
 
     def _witness_answered(self, name: str, sent_ms: int) -> None:
