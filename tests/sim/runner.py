@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from nfsha.core.invariants import BrokenInvariantError
-from nfsha.core.model import CommandKind, Exclusivity, Phase, Role, Timings
+from nfsha.core.model import CommandKind, Exclusivity, Phase, Timings
 from tests.sim.checks import SimulationError
 from tests.sim.faults import MUST_FIRE, Faults, struck
 from tests.sim.world import DEFAULT, FAST, SECOND_US, World, WorldConfig
