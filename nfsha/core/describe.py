@@ -523,6 +523,7 @@ _NEXT_BY_OBSTACLE: Mapping[str, str] = {
     "promised": "start the other node; if it is off for certain: `nfsha activate --force` here",
     "not-whole": "start the other node; if it is gone for good, and this data is good enough: "
     "`nfsha activate` here",
+    "unknown-to-peer": "start the other node; if it is off for certain: `nfsha activate` here",
     "unfit": "nothing for now: waits for the first answer of the own NFS service",
 }
 

@@ -461,7 +461,12 @@ def test_a_node_without_an_epoch() -> None:
 def test_every_hint_is_of_a_row_that_stays_where_it_is() -> None:
     stays = {row.id for row in ROWS if row.to is None and row.event == TURN}
     assert set(describe._NEXT_BY_ROW) <= stays
-    assert set(describe._NEXT_BY_OBSTACLE) == {"promised", "not-whole", "unfit"}
+    assert set(describe._NEXT_BY_OBSTACLE) == {
+        "promised",
+        "not-whole",
+        "unknown-to-peer",
+        "unfit",
+    }
 
 
 @pytest.mark.parametrize(
