@@ -56,7 +56,7 @@ class Executors:
             case model.SendHeartbeat():
                 self._world.links.send(action.datagram)
             case model.AskWitness():
-                self._world.witness.ask()
+                self._world.ask_witness()
             case model.Announce():
                 self._world.announcer.announce()
             case model.Exit():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nfsha.config import IPAddress, Link, Settings
 from nfsha.core import model
-from nfsha.core.model import CoreConfig, Datagram, Journal
+from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.inbox import Inbox
 from nfsha.host.clock import boot_id, now_ms
 from nfsha.host.events import EventLog
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 MAX_DRAINS = 32
 """Enough for all that a socket's buffer holds after a long freeze; a flood cannot hold a turn."""
+
+ANSWERS_FOR_MS = 2000
+"""So long after a question its answers are looked for in each turn; no longer, in the calm."""
 
 INTACT_EVERY_S = 0.8
 """How often the rules are looked at where the kernel tells of changes: the second net only."""
@@ -94,6 +97,7 @@ class World:
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
         self._newest = (0, 0)
+        self._asked_ms = NEVER_MS
         self._tasks: list[asyncio.Task[None]] = []
         self._chosen: ServiceLease | None = None
 
@@ -160,7 +164,13 @@ class World:
         for _ in range(MAX_DRAINS):
             if self.links.drain():
                 break
-        self.witness.drain()
+        if self.clock_ms() - self._asked_ms < ANSWERS_FOR_MS:
+            self.witness.drain()
+
+    def ask_witness(self) -> None:
+        """Sends one request to each witness."""
+        self._asked_ms = self.clock_ms()
+        self.witness.ask()
 
     async def close(self) -> None:
         """Gives every driver back; what stands in the kernel stays."""

@@ -80,7 +80,7 @@ def test_node_death_is_taken_over_and_work_by_path_goes_on(pair: Pair) -> None:
     assert served.at_ms - died_ms <= TAKEOVER_AFTER_MS + 100 + BUSY_MS
     writer.wait_acked(20)
     records = writer.stop()
-    assert_only_moved(records)
+    assert_only_moved(records, served)
     read = pair.lab.read_records()
     written_to_b = [n.number for n in records.attempts if n.sent_ns // 1_000_000 > served.at_ms]
     assert written_to_b
@@ -122,7 +122,7 @@ def test_killed_daemon_not_restarted_is_closed_by_the_kernel(pair: Pair) -> None
     bound_ms = ADDRESS_LEASE_MS + ADDRESS_LATE_MS + SURVEY_MS
     assert served.at_ms - killed_ms <= bound_ms + BUSY_MS
     writer.wait_acked(20)
-    assert_only_moved(writer.stop())
+    assert_only_moved(writer.stop(), served)
     seen = pair.lab.look()
     span = seen.reply_span(VIP, "a", 0)
     assert span is not None
@@ -148,7 +148,7 @@ def test_frozen_daemon_thaws_and_renews_nothing(pair: Pair) -> None:
     pair.daemon("a").thaw()
     pair.wait_phase("a", "PASSIVE", since_ms=thawed_ns // 1_000_000)
     writer.wait_acked(20)
-    assert_only_moved(writer.stop())
+    assert_only_moved(writer.stop(), served)
     seen = pair.lab.look()
     assert not [hold for hold in seen.holds(VIP) if hold.node == "a" and hold.end_ns > thawed_ns]
     assert not [one for one in seen.claims(VIP, thawed_ns) if one.node == "a"]
@@ -176,7 +176,7 @@ def test_cut_off_active_node_releases_and_heals_without_flapping(pair: Pair) -> 
     settled_ms = pair.now_ms()
     writer.wait_acked(50)
     time.sleep(3)
-    assert_only_moved(writer.stop())
+    assert_only_moved(writer.stop(), served)
     assert pair.moves("a", settled_ms + 1) == []
     assert pair.moves("b", settled_ms) == []
     seen = pair.lab.look()
@@ -397,7 +397,7 @@ def test_without_nftables_the_longer_wait_keeps_two_from_serving(lab: Lab) -> No
     served = pair.wait_phase("b", "ACTIVE", since_ms=killed_ms)
     assert served.at_ms - killed_ms <= 3200 + SURVEY_MS + BUSY_MS
     writer.wait_acked(20)
-    assert_only_moved(writer.stop())
+    assert_only_moved(writer.stop(), served)
     pair.assert_never_two()
 
 
