@@ -223,8 +223,12 @@ class Attempt:
 
     @property
     def stale(self) -> bool:
-        """Ended by ESTALE: it opened the file on one node and wrote or committed on the other."""
-        return self.error is not None and f"[Errno {errno.ESTALE}]" in self.error
+        """It began on one node and ended on the other, where its file is another one, or none.
+
+        Mostly ESTALE of a write or commit; seen once: ENOENT of a CREATE that was sent again.
+        """
+        codes = (errno.ESTALE, errno.ENOENT)
+        return self.error is not None and any(f"[Errno {code}]" in self.error for code in codes)
 
     def dump(self) -> str:
         """One JSON line."""
