@@ -30,6 +30,9 @@ REPLICATION_OFF = "off (somebody else replicates; nfsha does not know how old th
 UNSERVED_AFTER_MS = 5000
 """Longer than any takeover of the shipped profiles: then `unserved` is an alarm."""
 
+CLAIM_SHOWN_MS = 120_000
+"""So long after the last claim on the VIP the alarm stands: two refreshes of a rightful holder."""
+
 _WIDTH = 96
 
 
@@ -202,7 +205,7 @@ def situation(state: State, now_ms: int) -> Facts:
             "held": state.address_held,
             "carrier": state.carrier,
             "answered_by": _answered_by(state, now_ms),
-            "claimed_by": state.claimed_by or None,
+            "claimed_by": state.claimed_by if _claimed(state, now_ms) else None,
         },
         "alarms": [{"name": name, "text": text} for name, text in alarms.items()],
         "counters": dict(sorted(state.counters.items())),
@@ -381,7 +384,7 @@ def alarms_of(state: State, now_ms: int) -> dict[str, str]:
     told = {
         "diverged": _diverged(state),
         "vip-held": _vip_held(state, now_ms),
-        "vip-claimed": _vip_claimed(state),
+        "vip-claimed": _vip_claimed(state, now_ms),
         "unfit": state.fitness_reason if state.fit is False else "",
         "timings-short": _timings_short(state, now_ms),
         "persist-failed": state.persist_error and f"the journal: {state.persist_error}",
@@ -420,10 +423,16 @@ def _vip_held(state: State, now_ms: int) -> str:
     return f"{mac} answers for the VIP for longer than a dead daemon's address can live"
 
 
-def _vip_claimed(state: State) -> str:
-    if not state.serving or not state.claimed_by:
+def _claimed(state: State, now_ms: int) -> bool:
+    """Lately: who goes on claiming is heard again, and who stopped is no trouble any more."""
+    return now_ms - state.claimed_ms < CLAIM_SHOWN_MS
+
+
+def _vip_claimed(state: State, now_ms: int) -> str:
+    if not state.serving or not _claimed(state, now_ms):
         return ""
-    return f"another machine ({state.claimed_by}) announced the VIP as its own"
+    ago_s = (now_ms - state.claimed_ms) // 1000
+    return f"another machine ({state.claimed_by}) announced the VIP as its own {ago_s} s ago"
 
 
 def _timings_short(state: State, now_ms: int) -> str:

@@ -263,6 +263,7 @@ def _(what: model.CarrierChanged, state: State, now_ms: int) -> None:
 def _(what: model.VipClaimed, state: State, now_ms: int) -> None:
     if state.serving:  # else it is the rightful holder who announces
         state.claimed_by = what.mac
+        state.claimed_ms = now_ms
         state.count("vip_claimed")
         state.announced_ms = NEVER_MS
 

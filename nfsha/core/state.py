@@ -135,6 +135,7 @@ class State:
     """What somebody else took away: "", "address", "ruleset" or both."""
     repaired_ms: int = NEVER_MS
     claimed_by: str = ""
+    claimed_ms: int = NEVER_MS
     announced_ms: int = NEVER_MS
     survey: SurveyResult = field(default_factory=SurveyResult)
     vip_answered_since_ms: int | None = None

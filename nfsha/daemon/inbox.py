@@ -16,13 +16,14 @@ class Inbox:
 
     def __init__(self) -> None:
         self._inputs: deque[Input] = deque(maxlen=MAX_INPUTS)
-        self._bell = asyncio.Event()
+        self._rung = False
+        self._waiter: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
 
     def put(self, what: Input) -> None:
         """Takes one input and calls for a turn."""
         self._inputs.append(what)
-        self._bell.set()
+        self.ring()
 
     def put_quietly(self, what: Input) -> None:
         """Takes one input that changes nothing by itself: the next turn is soon enough for it."""
@@ -31,7 +32,7 @@ class Inbox:
     def fail(self, error: BaseException) -> None:
         """Ends the daemon: something that it rests on broke, so that no turn may be trusted."""
         self._failure = self._failure or error
-        self._bell.set()
+        self.ring()
 
     def watch(self, task: asyncio.Task[None]) -> None:
         """Takes a task's failure as the daemon's own; a cancelled task is none."""
@@ -47,20 +48,29 @@ class Inbox:
             raise self._failure
         taken = list(self._inputs)
         self._inputs.clear()
-        self._bell.clear()
+        self._rung = False
         return taken
 
     async def wait(self, timeout_s: float) -> None:
-        """Returns when there is something to take, or after the timeout."""
-        if self._bell.is_set() or timeout_s <= 0:
+        """Returns when there is something to take, or after the timeout. For one waiter."""
+        if self._rung or timeout_s <= 0:
             await asyncio.sleep(0)
             return
+        # A bare future and timer: this runs each turn, and costs half of an Event in a timeout.
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(timeout_s, self._wake)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._bell.wait()
-        except TimeoutError:
-            return
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
 
     def ring(self) -> None:
         """Calls for a turn without an input."""
-        self._bell.set()
+        self._rung = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

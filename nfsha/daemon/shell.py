@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 
@@ -66,6 +67,8 @@ class Shell:
         self._listen_for_signals()
         self._turn(self.engine)
         self.systemd.ready()
+        gc.collect()
+        gc.freeze()  # what start-up made lives to the end: not to be walked again and again
         while not self._left:
             wait_ms = self.engine.wake_at_ms() - clock_ms()
             await self.inbox.wait(wait_ms / 1000)

@@ -10,6 +10,7 @@ here waits, except for another process's change of nftables that is under way (o
 network namespace).
 """
 
+import ctypes
 import errno
 import os
 import socket
@@ -80,6 +81,14 @@ _NESTED: Final = 0x8000
 _HEADER: Final = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE: Final = struct.Struct("=HH")  # nlattr: length, type
 _FAMILY: Final = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
+_PORT_OFFSET: Final = 12  # of nlmsg_pid in nlmsghdr
+
+# linux/filter.h and linux/bpf_common.h; asm-generic/socket.h for the option.
+_BPF_INSTRUCTION: Final = struct.Struct("=HBBI")
+_BPF_LOAD_WORD: Final = 0x20
+_BPF_JUMP_IF_EQUAL: Final = 0x15
+_BPF_RETURN: Final = 0x06
+_SO_ATTACH_FILTER: Final = 26
 
 
 class Request(NamedTuple):
@@ -252,7 +261,8 @@ class NftablesEvents:
         self._table = table.encode() + b"\0"
         self._own_port = own_port
         self._touched = False
-        self._socket = _netfilter_socket(_GROUP_NFTABLES)
+        # The filter before the membership: else events of ours could slip in between.
+        self._socket = _netfilter_socket(_GROUP_NFTABLES, silent_port=own_port)
 
     def fileno(self) -> int:
         """Readable when anything in nftables has changed, by anybody."""
@@ -307,10 +317,12 @@ class NftablesEvents:
         return attributes.get(_TABLE) == self._table
 
 
-def _netfilter_socket(group: int) -> socket.socket:
+def _netfilter_socket(group: int, silent_port: int = 0) -> socket.socket:
     link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     try:
         link.bind((0, 0))
+        if silent_port:
+            _drop_from(link, silent_port)
         if group:
             link.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         else:
@@ -320,6 +332,30 @@ def _netfilter_socket(group: int) -> socket.socket:
         link.close()
         raise
     return link
+
+
+def _drop_from(link: socket.socket, port: int) -> None:
+    """Lets the kernel drop events of what this port asked for: they would wake us for nothing.
+
+    A renewal, dozens of times a second, has two. One transaction's events bear one port, so the
+    first message (its nlmsg_pid, 12 bytes in) tells for the datagram. Classic BPF, as socket(7)'s
+    SO_ATTACH_FILTER takes it; its loads read big-endian.
+    """
+    seen = int.from_bytes(port.to_bytes(4, sys.byteorder))
+    program = b"".join(
+        _BPF_INSTRUCTION.pack(*step)
+        for step in (
+            (_BPF_LOAD_WORD, 0, 0, _PORT_OFFSET),
+            (_BPF_JUMP_IF_EQUAL, 0, 1, seen),
+            (_BPF_RETURN, 0, 0, 0),
+            (_BPF_RETURN, 0, 0, 0xFFFFFFFF),
+        )
+    )
+    steps = ctypes.create_string_buffer(program, len(program))
+    count = len(program) // _BPF_INSTRUCTION.size
+    link.setsockopt(
+        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(steps))
+    )
 
 
 def _received(

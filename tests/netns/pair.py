@@ -141,8 +141,15 @@ class Pair:
         return events[-1].to if events else ""
 
     def now_ms(self) -> int:
-        """The clock of the events."""
-        return self.lab.now_ns() // 1_000_000
+        """The clock of the events, just after a tick: whatever was logged before bears less.
+
+        Without the wait an event read a moment ago can bear this very millisecond, and would be
+        taken for one that came after.
+        """
+        began_ms = self.lab.now_ns() // 1_000_000
+        while self.lab.now_ns() // 1_000_000 == began_ms:
+            pass
+        return began_ms + 1
 
     def assert_never_two(self, *vips: str, since_ns: int = 0) -> None:
         """Asserts that no two nodes held a VIP at once, and that no answer of the old came late."""

@@ -363,6 +363,9 @@ def test_somebody_who_claims_the_vip_of_a_serving_node() -> None:
     pair.primary.inbox.append(model.VipClaimed(OTHER_MAC))
     pair.run(100)
     assert alarms(pair, pair.primary) == ["vip-claimed"]
+    pair.primary.state.claimed_ms -= describe.CLAIM_SHOWN_MS
+    assert alarms(pair, pair.primary) == []
+    pair.primary.state.claimed_ms += describe.CLAIM_SHOWN_MS
     pair.primary.state.phase = Phase.ISOLATED
     assert "vip-claimed" not in alarms(pair, pair.primary)
 

@@ -164,28 +164,20 @@ def chosen(
     return asyncio.run(choose(firewall, GUARDED, no_clock_ms))
 
 
-def test_auto_prefers_nftables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_backend_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     nft, legacy = _Lease(), _Lease()
-    assert chosen(monkeypatch, Firewall.AUTO, nft, legacy) is nft
     assert chosen(monkeypatch, Firewall.NFTABLES, nft, legacy) is nft
     assert chosen(monkeypatch, Firewall.IPTABLES, nft, legacy) is legacy
     assert not nft.is_shut
 
 
-def test_auto_takes_iptables_where_nftables_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_the_host_cannot_carry_is_refused_and_shut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     nft, legacy = _Lease("no nftables here"), _Lease()
-    assert chosen(monkeypatch, Firewall.AUTO, nft, legacy) is legacy
-    assert nft.is_shut
     with pytest.raises(FirewallError, match="no nftables here"):
         chosen(monkeypatch, Firewall.NFTABLES, nft, legacy)
-
-
-def test_auto_tells_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    nft, legacy = _Lease("no nftables here"), _Lease("no iptables here")
-    with pytest.raises(FirewallError, match=r"no nftables here\. And: no iptables here"):
-        chosen(monkeypatch, Firewall.AUTO, nft, legacy)
     assert nft.is_shut
-    assert legacy.is_shut
 
 
 def test_a_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
