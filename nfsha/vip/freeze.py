@@ -1,7 +1,7 @@
 """The freeze: which firewall carries the service lease on this host.
 
-It names the backends and makes the configured one; the promises that both keep stand in `service_lease`. It
-must not decide when the service is open.
+It names the backends and makes the configured one; the promises that both keep stand in
+`service_lease`. It must not decide when the service is open.
 """
 
 from collections.abc import Callable
