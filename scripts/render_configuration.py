@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 
 from nfsha.config import show_ms
-from nfsha.config.keys import TIMING_KEYS, Description, describe_keys
-from nfsha.config.relations import RELATIONS
+from nfsha.config.keys import EACH_TABLE_OF, TIMING_KEYS, Description, describe_keys
+from nfsha.config.relations import RELATIONS, SYNC_PLACE
 from nfsha.config.settings import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ MINIMAL = {
 }
 """The smallest configuration: what every pair has to say for itself."""
 
-SAMPLES = {"name": '"primary"'}
+SAMPLES = {"name": '"primary"', "sync.link": '"link2"'}
 """What stands in the commented configuration for keys whose default is not a value."""
 
 
@@ -49,13 +49,15 @@ def reference() -> str:
             "",
             "On the other node `role`, and `local` and `peer` of each link, change places.",
             '`etc/nfsha.toml` has every key with its default. Durations are written `"300ms"`,',
-            '`"1s"` or `"2m"`. `nfsha check-config` lists all errors at once, each with the key,',
-            "its value and what would be right. A key that nfsha does not know is an error.",
+            '`"1s"`, `"2m"`, `"6h"` or `"7d"`, sizes `"64kB"`, `"20MB"` or `"16MiB"`.',
+            "`nfsha check-config` lists all errors at once, each with the key, its value and what",
+            "would be right. A key that nfsha does not know is an error.",
             "",
             *_tables(),
             *_profiles(),
             "## What must fit together",
             "",
+            f"- {SYNC_PLACE}",
             *(f"- {relation.rule}" for relation in RELATIONS),
             "",
         ]
@@ -75,8 +77,8 @@ def _tables() -> Iterator[str]:
 
 
 def _title(table: str) -> str:
-    if table == "links":
-        return "Each table of `links`"
+    if table in EACH_TABLE_OF:
+        return f"Each table of `{table}`"
     return f"[{table}]" if table else "At the top"
 
 
@@ -98,7 +100,7 @@ def commented(profile: str) -> str:
         "# What is commented out shows the default. On the other node change the role,",
         "# and let local and peer change places in each link.",
     ]
-    keys = [key for key in describe_keys() if key.table != "links"]
+    keys = [key for key in describe_keys() if key.table not in EACH_TABLE_OF]
     for table, group in groupby(keys, key=lambda key: key.table):
         if table:
             lines += ["", "", f"[{table}]"]
@@ -120,7 +122,7 @@ def _setting(key: Description, profile: str) -> Iterator[str]:
     if key.table == "timing" and key.name == "profile" and profile != "default":
         yield f'profile = "{profile}"'
     elif key.name == "links":
-        yield f"# Optional in each: {', '.join(_link_options())}."
+        yield f"# Optional in each: {', '.join(_options(key.name))}."
         yield "links = ["
         for link in MINIMAL["links"].strip("[]").split("}, {"):
             yield f"    {{ {link.strip(' {}')} }},"
@@ -130,12 +132,15 @@ def _setting(key: Description, profile: str) -> Iterator[str]:
     elif key.table == "timing" and field in TIMING_KEYS:
         yield f'#{key.name} = "{show_ms(getattr(PROFILES[profile], field))}"'
     else:
-        yield f"#{key.name} = {key.default or SAMPLES[key.name]}"
+        path = f"{key.table}.{key.name}".lstrip(".")
+        if path in EACH_TABLE_OF:
+            yield f"# Optional in each beside path: {', '.join(_options(path))}."
+        yield f"#{key.name} = {key.default or SAMPLES[path]}"
 
 
-def _link_options() -> Iterator[str]:
+def _options(table: str) -> Iterator[str]:
     for key in describe_keys():
-        if key.table == "links" and key.remark != "required":
+        if key.table == table and key.remark != "required":
             yield f"{key.name} ({key.default or key.remark})"
 
 

@@ -13,14 +13,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from nfsha.config import keys
+from nfsha.config import keys, sync_keys
 from nfsha.config.problems import ConfigError, Problem, show, show_ms
 from nfsha.config.reading import Reader, flatten, tables_of
-from nfsha.config.relations import RELATIONS, applies
+from nfsha.config.relations import RELATIONS, applies, misplaced_sync
 from nfsha.config.settings import (
+    OFF,
     PROFILES,
+    RSYNC,
     SINGLE_LINK_WITNESS,
     Firewall,
+    Hooks,
     IPAddress,
     Link,
     Log,
@@ -28,14 +31,19 @@ from nfsha.config.settings import (
     Paths,
     Scheduling,
     Settings,
+    Sync,
+    SyncVolume,
     Takeover,
     Witness,
 )
 from nfsha.core.model import Timings
 
 __all__ = [
+    "OFF",
+    "RSYNC",
     "ConfigError",
     "Firewall",
+    "Hooks",
     "IPAddress",
     "Link",
     "Log",
@@ -44,6 +52,8 @@ __all__ = [
     "Problem",
     "Scheduling",
     "Settings",
+    "Sync",
+    "SyncVolume",
     "Takeover",
     "Witness",
     "load",
@@ -54,6 +64,10 @@ __all__ = [
 
 MAX_FILE_BYTES: Final = 1 << 20
 """A larger file is refused unread: a full configuration with comments has about 10 KiB."""
+
+_LONG_EVERY_MS: Final = 3_600_000
+_LONG_FULL_EVERY_MS: Final = 86_400_000
+_ALL_PERCENT: Final = 100
 
 MAX_PROBLEMS: Final = 50
 """So many problems are listed; the rest is only counted."""
@@ -77,6 +91,7 @@ def parse(text: str, source: str = "configuration") -> Settings:
     reader = Reader(flatten(_parse_toml(text, source), tables_of(keys.KEYS)))
     settings = _assemble(reader)
     reader.refuse_unknown(keys.KEYS)
+    reader.findings += misplaced_sync(settings, reader)
     problems = [Problem(name, show(value), right) for name, value, right in reader.findings]
     for relation in RELATIONS:
         if applies(relation, reader.bad):
@@ -117,7 +132,41 @@ def warnings(settings: Settings) -> tuple[str, ...]:
             'timing.profile is "fast" without scheduling.realtime: a busy host may be mistaken for'
             " a dead one"
         )
+    if settings.replication == RSYNC:
+        found += _sync_warnings(settings.sync)
     return tuple(found)
+
+
+def _sync_warnings(sync: Sync) -> list[str]:
+    found = []
+    if sync.every_ms is not None and sync.every_ms > _LONG_EVERY_MS:
+        found.append(
+            f'sync.every is "{show_ms(sync.every_ms)}": a takeover may lose as much newest work'
+        )
+    if sync.full_every_ms > _LONG_FULL_EVERY_MS:
+        found.append(
+            f'sync.full_every is "{show_ms(sync.full_every_ms)}": what the change journal missed'
+            " is missing in the copy for so long"
+        )
+    if sync.verify_every_ms is None:
+        found.append(
+            'sync.verify_every is "never": damage on a copy that changes neither size nor time'
+            " is never found"
+        )
+    if sync.max_deletes_percent == _ALL_PERCENT:
+        found.append(
+            "sync.max_deletes_percent is 100: no number of deletions is held for confirmation"
+        )
+    if sync.resync == "on-failback":
+        found.append(
+            'sync.resync is "on-failback": after a takeover there is no replica until a failback'
+        )
+    if sync.quarantine_drop:
+        found.append(
+            "sync.quarantine_drop is true: files that exist nowhere else are deleted by their age"
+            " or size"
+        )
+    return found
 
 
 def _read_file(path: Path) -> str:
@@ -153,19 +202,25 @@ def _parse_toml(text: str, source: str) -> dict[str, object]:
 def _assemble(reader: Reader) -> Settings:
     """Takes every key; what is wrong or missing stands with its default, and in `reader.bad`."""
     role, profile = reader.take(keys.ROLE_KEY), reader.take(keys.PROFILE_KEY)
-    nfs = _assemble_nfs(reader)
+    links, nfs = reader.take(keys.LINKS_KEY), _assemble_nfs(reader)
     return Settings(
         role=role,
         name=reader.take(keys.NAME_KEY) or str(role),
         interface=reader.take(keys.INTERFACE_KEY),
         vips=reader.take(keys.VIP_KEY),
-        links=reader.take(keys.LINKS_KEY),
+        links=links,
         witness=reader.take(keys.WITNESS_KEY),
         profile=profile,
         timing=_assemble_timing(reader, PROFILES[profile]),
         nfs=nfs,
         firewall=_assemble_firewall(reader, nfs),
         replication=reader.take(keys.REPLICATION_KEY),
+        sync=_assemble_sync(reader, links),
+        hooks=Hooks(
+            mount=reader.take(sync_keys.HOOKS_MOUNT_KEY),
+            unmount=reader.take(sync_keys.HOOKS_UNMOUNT_KEY),
+            timeout_ms=reader.take(sync_keys.HOOKS_TIMEOUT_KEY),
+        ),
         takeover=Takeover(
             start_alone_after_ms=reader.take(keys.START_ALONE_KEY),
             accept=reader.take(keys.ACCEPT_KEY),
@@ -216,3 +271,54 @@ def _assemble_firewall(reader: Reader, nfs: Nfs) -> Firewall:
         "lockd": reader.take(keys.LOCKD_PORT_KEY),
     }
     return Firewall(reader.take(keys.BACKEND_KEY), MappingProxyType(ports))
+
+
+def _assemble_sync(reader: Reader, links: tuple[Link, ...]) -> Sync:
+    every_ms, cron = reader.take(sync_keys.SYNC_EVERY_KEY), reader.take(sync_keys.SYNC_CRON_KEY)
+    if every_ms is None and cron is None:
+        every_ms = sync_keys.EVERY_OTHERWISE_MS
+    bandwidth_kib_s = reader.take(sync_keys.SYNC_BANDWIDTH_KEY)
+    volumes = tuple(
+        _assemble_volume(table, every_ms, cron, bandwidth_kib_s)
+        for table in reader.take(sync_keys.SYNC_VOLUMES_KEY)
+    )
+    return Sync(
+        link=reader.take(sync_keys.SYNC_LINK_KEY) or (links[-1].name if links else ""),
+        port=reader.take(sync_keys.SYNC_PORT_KEY),
+        every_ms=every_ms,
+        cron=cron,
+        jitter_ms=reader.take(sync_keys.SYNC_JITTER_KEY),
+        full_every_ms=reader.take(sync_keys.SYNC_FULL_EVERY_KEY),
+        verify_every_ms=reader.take(sync_keys.SYNC_VERIFY_EVERY_KEY),
+        verify_bandwidth_kib_s=reader.take(sync_keys.SYNC_VERIFY_BANDWIDTH_KEY),
+        bandwidth_kib_s=bandwidth_kib_s,
+        parallel=reader.take(sync_keys.SYNC_PARALLEL_KEY),
+        timeout_s=reader.take(sync_keys.SYNC_TIMEOUT_KEY),
+        connect_timeout_s=reader.take(sync_keys.SYNC_CONNECT_TIMEOUT_KEY),
+        max_deletes=reader.take(sync_keys.SYNC_MAX_DELETES_KEY),
+        max_deletes_percent=reader.take(sync_keys.SYNC_MAX_DELETES_PERCENT_KEY),
+        max_data_age_ms=reader.take(sync_keys.SYNC_MAX_DATA_AGE_KEY),
+        resync=reader.take(sync_keys.SYNC_RESYNC_KEY),
+        quarantine_max_age_ms=reader.take(sync_keys.SYNC_QUARANTINE_MAX_AGE_KEY),
+        quarantine_max_bytes=reader.take(sync_keys.SYNC_QUARANTINE_MAX_SIZE_KEY),
+        quarantine_drop=reader.take(sync_keys.SYNC_QUARANTINE_DROP_KEY),
+        max_changed_folders=reader.take(sync_keys.SYNC_MAX_CHANGED_FOLDERS_KEY),
+        volumes=volumes,
+    )
+
+
+def _assemble_volume(
+    table: sync_keys.VolumeTable,
+    every_ms: int | None,
+    cron: str | None,
+    bandwidth_kib_s: int | None,
+) -> SyncVolume:
+    """Fills in from [sync] what the volume's own table does not say."""
+    own_times = table.every_ms is not None or table.cron is not None
+    own_bandwidth = table.bandwidth_kib_s != sync_keys.AS_ALL
+    return SyncVolume(
+        path=table.path,
+        every_ms=table.every_ms if own_times else every_ms,
+        cron=table.cron if own_times else cron,
+        bandwidth_kib_s=table.bandwidth_kib_s if own_bandwidth else bandwidth_kib_s,
+    )

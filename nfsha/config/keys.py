@@ -32,12 +32,15 @@ from nfsha.config.kinds import (
 from nfsha.config.reading import Key, Reader, optional, required
 from nfsha.config.settings import (
     KNOWN_RISKS,
+    OFF,
     PROFILES,
+    RSYNC,
     SINGLE_LINK_WITNESS,
     IPAddress,
     Link,
     Witness,
 )
+from nfsha.config.sync_keys import HOOK_KEYS, SYNC_KEYS, SYNC_VOLUMES_KEY, VOLUME_KEYS
 from nfsha.core.model import Role
 
 _NO_ADDRESS: Final[IPAddress] = IPv4Address(0)
@@ -141,9 +144,10 @@ KEYS: Final[tuple[Key[Any], ...]] = (
     ),
     REPLICATION_KEY := optional(
         "replication",
-        Kind('"off" (this nfsha copies no data)', choice("off").read),
-        '"off"',
-        "What keeps the two copies equal: `off` means that something else does.",
+        choice(RSYNC, OFF),
+        '"rsync"',
+        "What keeps the two copies equal: this nfsha by rsync, or with `off` something else, such"
+        " as DRBD.",
     ),
     GROUP_KEY := optional(
         "control_group",
@@ -272,6 +276,8 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         f"Risks that you accept by name: `{SINGLE_LINK_WITNESS}` (one fault can cut all heartbeat"
         " links while both nodes reach the witness: then both serve).",
     ),
+    *SYNC_KEYS,
+    *HOOK_KEYS,
     REALTIME_KEY := optional(
         "scheduling.realtime", FLAG, "true", "Ask for SCHED_RR, so that a busy host delays nothing."
     ),
@@ -311,6 +317,12 @@ TIMING_KEYS: Final[Mapping[str, Key[int]]] = MappingProxyType(
 """The field of `Timings` that each key of [timing] sets."""
 
 
+EACH_TABLE_OF: Final[Mapping[str, tuple[Key[Any], ...]]] = MappingProxyType(
+    {LINKS_KEY.name: LINK_KEYS, SYNC_VOLUMES_KEY.name: VOLUME_KEYS}
+)
+"""The keys that are lists of tables, each with the keys of one of its tables."""
+
+
 # --------------------------------------------------------------------------- in words
 
 
@@ -331,7 +343,8 @@ class Description:
 def describe_keys() -> tuple[Description, ...]:
     """Every key, table by table."""
     keys = [(key.name.rpartition("."), key) for key in KEYS]
-    keys += [((LINKS_KEY.name, ".", key.name), key) for key in LINK_KEYS]
+    for listed, its_keys in EACH_TABLE_OF.items():
+        keys += [((listed, ".", key.name), key) for key in its_keys]
     return tuple(
         Description(table, name, key.kind.right, key.default, key.remark, key.meaning)
         for (table, _, name), key in keys

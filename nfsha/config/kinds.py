@@ -10,7 +10,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path, PurePosixPath
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from nfsha.config.problems import show_ms
+from nfsha.config import cron
+from nfsha.config.problems import SIZE_UNITS, show_ms, show_size
 from nfsha.config.settings import IPAddress, Witness
 from nfsha.core.model import Role
 
@@ -61,8 +62,9 @@ def matching(pattern: re.Pattern[str], right: str) -> Kind[str]:
     )
 
 
-_UNITS_MS: Final = {"ms": 1, "s": 1000, "m": 60_000}
-_DURATION: Final = re.compile(r"([0-9]{1,9})(ms|s|m)")
+_UNITS_MS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION: Final = re.compile(r"([0-9]{1,9})(ms|s|m|h|d)")
+_SIZE: Final = re.compile(rf"([0-9]{{1,9}})({'|'.join(SIZE_UNITS)})")
 
 
 def _as_duration_ms(value: object, least_ms: int, most_ms: int) -> int | None:
@@ -79,20 +81,66 @@ def duration(least_ms: int, most_ms: int) -> Kind[int]:
     return kind(right, lambda value: _as_duration_ms(value, least_ms, most_ms))
 
 
-def duration_or_never(least_ms: int, most_ms: int) -> Kind[int | None]:
-    """The same, or `never`, read as None."""
-    timed = duration(least_ms, most_ms)
-    right = f'"never" or {timed.right}'
+def duration_s(least_s: int, most_s: int) -> Kind[int]:
+    """A time span of whole seconds, read as seconds."""
+    right = f'a duration of whole seconds from "{show_ms(1000 * least_s)}" to' + (
+        f' "{show_ms(1000 * most_s)}"'
+    )
 
-    def read(value: object) -> int | None:
-        if value == "never":
+    def accept(value: object) -> int | None:
+        duration_ms = _as_duration_ms(value, 1000 * least_s, 1000 * most_s)
+        return None if duration_ms is None or duration_ms % 1000 else duration_ms // 1000
+
+    return kind(right, accept)
+
+
+def word_or(word: str, other: Kind[T]) -> Kind[T | None]:
+    """What the other kind takes, or one word that is read as None."""
+    right = f'"{word}" or {other.right}'
+
+    def read(value: object) -> T | None:
+        if value == word:
             return None
-        duration_ms = _as_duration_ms(value, least_ms, most_ms)
-        if duration_ms is None:
-            raise WrongError(("", value, f"must be {right}"))
-        return duration_ms
+        try:
+            return other.read(value)
+        except WrongError:
+            raise WrongError(("", value, f"must be {right}")) from None
 
     return Kind(right, read)
+
+
+def duration_or_never(least_ms: int, most_ms: int) -> Kind[int | None]:
+    """The same, or `never`, read as None."""
+    return word_or("never", duration(least_ms, most_ms))
+
+
+def size(least_bytes: int, most_bytes: int) -> Kind[int]:
+    """An amount of data with its unit, read as bytes; both bounds are allowed."""
+    right = f'a size from "{show_size(least_bytes)}" to "{show_size(most_bytes)}"'
+
+    def accept(value: object) -> int | None:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        size_bytes = int(match[1]) * SIZE_UNITS[match[2]] if match else -1
+        return size_bytes if least_bytes <= size_bytes <= most_bytes else None
+
+    return kind(right, accept)
+
+
+def bandwidth() -> Kind[int]:
+    """Bytes per second with their unit, read as whole KiB per second: rsync(1) counts so."""
+    written = size(64_000, 100 * 10**9)
+    return Kind(written.right, lambda value: written.read(value) // 1024)
+
+
+def number(least: int, most: int) -> Kind[int]:
+    """A whole number; both bounds are allowed."""
+
+    def accept(value: object) -> int | None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return None
+        return value if least <= value <= most else None
+
+    return kind(f"a number from {least} to {most}", accept)
 
 
 def list_of(element: Kind[T], least: int, most: int) -> Kind[tuple[T, ...]]:
@@ -195,6 +243,25 @@ def _as_path(value: object) -> Path | None:
     return Path(path) if normal else None
 
 
+def _as_argv(value: object) -> tuple[str, ...] | None:
+    """A program with its arguments, or nothing. No shell ever sees it."""
+    if not isinstance(value, list) or len(value) > _MAX_WORDS:
+        return None
+    words = tuple(one for one in value if isinstance(one, str) and one and one.isprintable())
+    if len(words) < len(value) or sum(map(len, words)) > _MAX_ARGV_CHARACTERS:
+        return None
+    return words if not words or _as_path(words[0]) is not None else None
+
+
+def _read_cron(value: object) -> str | None:
+    if value == "":
+        return None
+    fault = cron.fault(value) if isinstance(value, str) else f"be {_CRON_RIGHT}"
+    if fault or not isinstance(value, str):
+        raise WrongError(("", value, f"must {fault}"))
+    return value
+
+
 def _as_role(value: object) -> Role | None:
     return Role(value) if isinstance(value, str) and value in {*Role} else None
 
@@ -209,8 +276,16 @@ def _read_witnesses(value: object) -> Witness:
     return Witness(gateway="gateway" in names, hosts=hosts)
 
 
+_MAX_WORDS: Final = 32
+_MAX_ARGV_CHARACTERS: Final = 8192
+_CRON_RIGHT: Final = '"" (none) or five fields as in crontab(5), with names as weekdays'
+
 FLAG: Final[Kind[bool]] = kind("true or false", _as_flag)
 PORT: Final[Kind[int]] = kind("a port from 1 to 65535", _as_port)
+ARGV: Final[Kind[tuple[str, ...]]] = kind(
+    f"a list of at most {_MAX_WORDS} texts: an absolute path and its arguments", _as_argv
+)
+CRON: Final[Kind[str | None]] = Kind(_CRON_RIGHT, _read_cron)
 PATH: Final[Kind[Path]] = kind('an absolute path without ".."', _as_path)
 OWN_ADDRESS: Final[Kind[IPAddress]] = kind("an IPv4 or IPv6 address of this machine", _as_address)
 HOST: Final[Kind[IPAddress]] = kind(

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
+
+SIZE_UNITS: Final[Mapping[str, int]] = {
+    "TiB": 1 << 40,
+    "TB": 10**12,
+    "GiB": 1 << 30,
+    "GB": 10**9,
+    "MiB": 1 << 20,
+    "MB": 10**6,
+    "KiB": 1 << 10,
+    "kB": 10**3,
+}
+"""Units of size (IEC 80000-13), the largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +44,19 @@ class ConfigError(Exception):
 
 
 def show_ms(duration_ms: int) -> str:
-    """A duration as the configuration writes it: `300ms`, `1s`, `2m`."""
-    for unit_ms, unit in ((60_000, "m"), (1000, "s")):
+    """A duration as the configuration writes it: `300ms`, `1s`, `2m`, `6h`, `7d`."""
+    for unit_ms, unit in ((86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s")):
         if duration_ms and duration_ms % unit_ms == 0:
             return f"{duration_ms // unit_ms}{unit}"
     return f"{duration_ms}ms"
+
+
+def show_size(size_bytes: int) -> str:
+    """A size as the configuration writes it: `512B`, `64kB`, `16MiB`, `20MB`."""
+    for unit, unit_bytes in SIZE_UNITS.items():
+        if size_bytes and size_bytes % unit_bytes == 0:
+            return f"{size_bytes // unit_bytes}{unit}"
+    return f"{size_bytes}B"
 
 
 def show_name(part: str) -> str:

@@ -101,6 +101,13 @@ class Reader:
             self.bad.add(key.name)
             return default
 
+    def given(self, table: str) -> tuple[str, ...]:
+        """Names of the keys that the document gives in this table and the tables below it."""
+        place = tuple(table.split("."))
+        return tuple(
+            ".".join(map(show_name, one)) for one in self._document if one[: len(place)] == place
+        )
+
     def refuse_unknown(self, keys: Sequence[Key[Any]]) -> None:
         """Finds fault with every key of the document that is none of these."""
         known = {tuple(key.name.split(".")): key.name for key in keys}

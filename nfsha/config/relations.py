@@ -16,9 +16,33 @@ from nfsha.config.keys import (
     TIMING_KEYS,
     WITNESS_KEY,
 )
+from nfsha.config.kinds import Finding
 from nfsha.config.problems import Problem, show, show_ms
-from nfsha.config.settings import SINGLE_LINK_WITNESS, IPAddress, Settings, Witness
+from nfsha.config.reading import Reader
+from nfsha.config.settings import (
+    OFF,
+    RSYNC,
+    SINGLE_LINK_WITNESS,
+    IPAddress,
+    Settings,
+    Sync,
+    Witness,
+)
+from nfsha.config.sync_keys import (
+    HOOKS_MOUNT_KEY,
+    HOOKS_UNMOUNT_KEY,
+    SYNC_CRON_KEY,
+    SYNC_EVERY_KEY,
+    SYNC_JITTER_KEY,
+    SYNC_LINK_KEY,
+    SYNC_MAX_DATA_AGE_KEY,
+    SYNC_PORT_KEY,
+    SYNC_QUARANTINE_DROP_KEY,
+    SYNC_VOLUMES_KEY,
+)
 from nfsha.core.model import ADDRESS_LATE_MS
+
+_NAMES_SHOWN: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +61,19 @@ def applies(relation: Relation, bad: Collection[str]) -> bool:
     return not any(
         wrong == key or wrong.startswith(f"{key}.") for wrong in bad for key in relation.keys
     )
+
+
+SYNC_PLACE: Final = f'`[sync]` goes with `replication = "{RSYNC}"` only.'
+"""The rule of `misplaced_sync`, for the reference."""
+
+
+def misplaced_sync(settings: Settings, reader: Reader) -> Iterator[Finding]:
+    """Finds fault with a whole table [sync] that would do nothing."""
+    given = [name.removeprefix("sync.") for name in reader.given("sync")]
+    if given and settings.replication == OFF:
+        names = ", ".join([*given[:_NAMES_SHOWN], *(["..."] if len(given) > _NAMES_SHOWN else [])])
+        right = f'must be left out ({names}): with replication = "{OFF}" nfsha copies nothing'
+        yield "sync", None, right
 
 
 def _named(settings: Settings, field: str) -> str:
@@ -166,6 +203,86 @@ def _check_mounts(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"{MOUNTS_KEY.name}[{number}]", show(str(mount)), right)
 
 
+def _check_sync_times(settings: Settings) -> Iterator[Problem]:
+    sync = settings.sync
+    if sync.every_ms is not None and sync.cron is not None:
+        right = f"must not stand beside sync.every ({show_ms(sync.every_ms)}): only one can hold"
+        yield Problem(SYNC_CRON_KEY.name, show(sync.cron), right)
+    for name, every_ms in _intervals(sync):
+        if 2 * sync.jitter_ms > every_ms:
+            right = f"must be at most {every_ms // 2}ms = half of {name} ({show_ms(every_ms)})"
+            yield Problem(SYNC_JITTER_KEY.name, show_ms(sync.jitter_ms), right)
+            return
+
+
+def _intervals(sync: Sync) -> Iterator[tuple[str, int]]:
+    """Each interval between passes that is in force, by the name of its key."""
+    if sync.every_ms is not None:
+        yield SYNC_EVERY_KEY.name, sync.every_ms
+    for number, volume in enumerate(sync.volumes, start=1):
+        if volume.every_ms is not None:
+            yield f"{SYNC_VOLUMES_KEY.name}[{number}].every", volume.every_ms
+
+
+def _check_sync_link(settings: Settings) -> Iterator[Problem]:
+    names = [link.name for link in settings.links]
+    if settings.sync.link not in names:
+        right = f"must be the name of one of links: {', '.join(names)}"
+        yield Problem(SYNC_LINK_KEY.name, show(settings.sync.link), right)
+
+
+def _check_sync_port(settings: Settings) -> Iterator[Problem]:
+    port = settings.sync.port
+    for service, closed in settings.firewall.ports.items():
+        if closed == port:
+            right = f"must not be firewall.ports.{service} ({closed}), which is closed at times"
+            yield Problem(SYNC_PORT_KEY.name, str(port), right)
+
+
+def _check_max_data_age(settings: Settings) -> Iterator[Problem]:
+    age_ms = settings.sync.max_data_age_ms
+    for name, every_ms in _intervals(settings.sync) if age_ms is not None else ():
+        if age_ms is not None and age_ms < 2 * every_ms:
+            right = (
+                f'must be "never" or at least {show_ms(2 * every_ms)} = 2 x {name}'
+                f" ({show_ms(every_ms)}): a copy grows so old between two passes"
+            )
+            yield Problem(SYNC_MAX_DATA_AGE_KEY.name, show_ms(age_ms), right)
+            return
+
+
+def _check_quarantine_drop(settings: Settings) -> Iterator[Problem]:
+    sync = settings.sync
+    if sync.quarantine_drop and (sync.quarantine_max_age_ms, sync.quarantine_max_bytes) == (
+        None,
+        None,
+    ):
+        right = "must be false where neither quarantine_max_age nor quarantine_max_size is a limit"
+        yield Problem(SYNC_QUARANTINE_DROP_KEY.name, "true", right)
+
+
+def _check_sync_volumes(settings: Settings) -> Iterator[Problem]:
+    for number, volume in enumerate(settings.sync.volumes, start=1):
+        if not volume.path.is_relative_to(settings.nfs.root):
+            right = f"must be at or under nfs.root ({show(str(settings.nfs.root))})"
+            name = f"{SYNC_VOLUMES_KEY.name}[{number}].path"
+            yield Problem(name, show(str(volume.path)), right)
+
+
+def _check_hooks(settings: Settings) -> Iterator[Problem]:
+    if settings.replication == RSYNC and (settings.hooks.mount or settings.hooks.unmount):
+        name = (HOOKS_MOUNT_KEY if settings.hooks.mount else HOOKS_UNMOUNT_KEY).name
+        right = f'must be left out: no hook is run with replication = "{RSYNC}"'
+        yield Problem(name, "(given)", right)
+        return
+    given, missing = HOOKS_MOUNT_KEY.name, HOOKS_UNMOUNT_KEY.name
+    if not settings.hooks.mount:
+        given, missing = missing, given
+    if bool(settings.hooks.mount) != bool(settings.hooks.unmount):
+        right = f"must be given where {given} is: the replica has to come and to go"
+        yield Problem(missing, "[]", right)
+
+
 RELATIONS: Final = (
     Relation(
         "`timing.hold` is at least 2 x `timing.interval`: one lost heartbeat ends nothing.",
@@ -220,4 +337,39 @@ RELATIONS: Final = (
         _check_service_ports,
     ),
     Relation("`nfs.mounts` are at or under `nfs.root`.", ("nfs.mounts", "nfs.root"), _check_mounts),
+    Relation(
+        "Only one of `sync.every` and `sync.cron` is given; `sync.jitter` is at most half of each"
+        " `every`.",
+        ("sync.every", "sync.cron", "sync.jitter", "sync.volumes"),
+        _check_sync_times,
+    ),
+    Relation(
+        "`sync.link` is the name of one of `links`.", ("sync.link", "links"), _check_sync_link
+    ),
+    Relation(
+        "`sync.port` is none of `firewall.ports`.",
+        ("sync.port", "firewall.ports"),
+        _check_sync_port,
+    ),
+    Relation(
+        "`sync.max_data_age` is at least twice each `every`.",
+        ("sync.max_data_age", "sync.every", "sync.cron", "sync.volumes"),
+        _check_max_data_age,
+    ),
+    Relation(
+        "`sync.quarantine_drop` needs `sync.quarantine_max_age` or `sync.quarantine_max_size`.",
+        ("sync.quarantine_drop", "sync.quarantine_max_age", "sync.quarantine_max_size"),
+        _check_quarantine_drop,
+    ),
+    Relation(
+        "The `path` of each table of `sync.volumes` is at or under `nfs.root`.",
+        ("sync.volumes", "nfs.root"),
+        _check_sync_volumes,
+    ),
+    Relation(
+        f'`hooks.mount` and `hooks.unmount` go with `replication = "{OFF}"` only, and are given'
+        " both or not at all.",
+        ("hooks.mount", "hooks.unmount", "replication"),
+        _check_hooks,
+    ),
 )

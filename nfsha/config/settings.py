@@ -16,6 +16,12 @@ IPAddress: TypeAlias = IPv4Address | IPv6Address
 SINGLE_LINK_WITNESS: Final = "single-link-witness"
 """The accepted risk of a pair whose heartbeat links can all be cut by one fault."""
 
+RSYNC: Final = "rsync"
+"""`replication`: this nfsha copies the volumes."""
+
+OFF: Final = "off"
+"""`replication`: somebody else keeps the two copies equal."""
+
 KNOWN_RISKS: Final = (SINGLE_LINK_WITNESS,)
 
 PROFILES: Final[Mapping[str, Timings]] = MappingProxyType(
@@ -90,6 +96,77 @@ class Takeover:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncVolume:
+    """How one volume is copied: its own table, with what it does not say taken from [sync].
+
+    Exactly one of `every_ms` and `cron` is set.
+    """
+
+    path: Path
+    every_ms: int | None
+    cron: str | None
+    """Five fields: minute, hour, day of the month, month, weekday by name; in local time."""
+    bandwidth_kib_s: int | None
+    """None: unlimited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """How the volumes are copied. Means something only where `replication` is `rsync`.
+
+    Exactly one of `every_ms` and `cron` is set.
+    """
+
+    link: str
+    """Name of the heartbeat link whose addresses carry the data."""
+    port: int
+    every_ms: int | None
+    cron: str | None
+    jitter_ms: int
+    full_every_ms: int
+    verify_every_ms: int | None
+    """None: never."""
+    verify_bandwidth_kib_s: int | None
+    bandwidth_kib_s: int | None
+    """Of each volume's transfer; None: unlimited."""
+    parallel: int
+    timeout_s: int
+    connect_timeout_s: int
+    max_deletes: int
+    max_deletes_percent: int
+    max_data_age_ms: int | None
+    """None: no limit."""
+    resync: str
+    """`automatic`, or `on-failback`: a returned node waits for the operator."""
+    quarantine_max_age_ms: int | None
+    quarantine_max_bytes: int | None
+    quarantine_drop: bool
+    """Whether the limits of the quarantine drop entries, or only raise alarms."""
+    max_changed_folders: int
+    volumes: tuple[SyncVolume, ...]
+    """Those with a table of their own; `of` has the answer for any."""
+
+    def of(self, path: Path) -> SyncVolume:
+        """How the volume mounted there is copied: by its own table, else like all."""
+        own = (volume for volume in self.volumes if volume.path == path)
+        return next(own, SyncVolume(path, self.every_ms, self.cron, self.bandwidth_kib_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Programs that give a block replica to this node, and take it away again.
+
+    Means something only where `replication` is `off`. An empty list: nothing is run.
+    """
+
+    mount: tuple[str, ...]
+    """Run before this node begins to serve."""
+    unmount: tuple[str, ...]
+    """Run after it has ended to serve."""
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduling:
     """How the daemon asks the kernel to be run."""
 
@@ -128,11 +205,19 @@ class Settings:
     nfs: Nfs
     firewall: Firewall
     replication: str
+    """`RSYNC` or `OFF`."""
+    sync: Sync
+    hooks: Hooks
     takeover: Takeover
     scheduling: Scheduling
     log: Log
     paths: Paths
     control_group: str
+
+    @property
+    def sync_link(self) -> Link:
+        """The link whose addresses carry the data."""
+        return next(link for link in self.links if link.name == self.sync.link)
 
     @property
     def disjoint_links(self) -> bool:

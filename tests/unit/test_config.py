@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,17 +10,20 @@ import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apscheduler.triggers.cron import CronTrigger
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nfsha import config
-from nfsha.config import ConfigError, Settings
-from nfsha.config.keys import KEYS, LINK_KEYS, TIMING_KEYS, describe_keys
+from nfsha.config import ConfigError, Settings, cron, kinds
+from nfsha.config.keys import EACH_TABLE_OF, KEYS, LINK_KEYS, TIMING_KEYS, describe_keys
+from nfsha.config.problems import show_size
 from nfsha.config.relations import RELATIONS
 from nfsha.config.settings import PROFILES
 from nfsha.core.model import Role, Timings
@@ -42,6 +46,32 @@ vip = ["192.0.2.10"]
 witness = ["gateway"]
 links = [{ local = "192.0.2.1", peer = "192.0.2.2" }]
 """
+
+
+SYNC = config.Sync(
+    link="link2",
+    port=7911,
+    every_ms=30_000,
+    cron=None,
+    jitter_ms=2000,
+    full_every_ms=6 * 3_600_000,
+    verify_every_ms=7 * 86_400_000,
+    verify_bandwidth_kib_s=19_531,
+    bandwidth_kib_s=None,
+    parallel=2,
+    timeout_s=60,
+    connect_timeout_s=5,
+    max_deletes=100,
+    max_deletes_percent=10,
+    max_data_age_ms=None,
+    resync="automatic",
+    quarantine_max_age_ms=None,
+    quarantine_max_bytes=None,
+    quarantine_drop=False,
+    max_changed_folders=50_000,
+    volumes=(),
+)
+"""How volumes are copied where the file does not say it."""
 
 
 def problems_of(text: str) -> list[str]:
@@ -75,6 +105,10 @@ def test_five_lines_are_enough() -> None:
     assert settings.firewall.service_lease
     assert settings.takeover == config.Takeover(start_alone_after_ms=None, accept=())
     assert settings.paths.key == Path("/etc/nfsha/cluster.key")
+    assert settings.replication == config.RSYNC
+    assert settings.sync == SYNC
+    assert settings.sync_link.name == "link2"
+    assert settings.hooks == config.Hooks(mount=(), unmount=(), timeout_ms=30_000)
 
 
 def test_every_key_reaches_its_setting() -> None:
@@ -125,6 +159,10 @@ lockd = 114
 [takeover]
 start_alone_after = "10m"
 accept = ["single-link-witness"]
+[hooks]
+mount = ["/usr/local/sbin/replica", "primary", "r 0"]
+unmount = ["/usr/local/sbin/replica", "secondary"]
+timeout = "2m"
 [scheduling]
 realtime = false
 lock_memory = false
@@ -176,12 +214,147 @@ key = "/c"
             "iptables", {"rpcbind": 112, "nfs": 12049, "mountd": 12048, "statd": 113, "lockd": 114}
         ),
         replication="off",
+        sync=SYNC,
+        hooks=config.Hooks(
+            mount=("/usr/local/sbin/replica", "primary", "r 0"),
+            unmount=("/usr/local/sbin/replica", "secondary"),
+            timeout_ms=120_000,
+        ),
         takeover=config.Takeover(600_000, ("single-link-witness",)),
         scheduling=config.Scheduling(realtime=False, lock_memory=False),
         log=config.Log("debug"),
         paths=config.Paths(Path("/a"), Path("/b"), Path("/c")),
         control_group="storage",
     )
+
+
+def test_every_key_of_the_copy_reaches_its_setting() -> None:
+    settings = config.parse(
+        MINIMAL
+        + """
+[sync]
+link = "link1"
+port = 17911
+every = "10m"
+jitter = "0ms"
+full_every = "1d"
+verify_every = "never"
+verify_bandwidth = "unlimited"
+bandwidth = "16MiB"
+parallel = 16
+timeout = "2m"
+connect_timeout = "1s"
+max_deletes = 0
+max_deletes_percent = 0
+max_data_age = "20m"
+resync = "on-failback"
+quarantine_max_age = "90d"
+quarantine_max_size = "1TB"
+quarantine_drop = true
+max_changed_folders = 1000
+[[sync.volumes]]
+path = "/nfs/a"
+cron = "0,30 8-18 * * mon-fri"
+[[sync.volumes]]
+path = "/nfs/b/c"
+every = "5s"
+bandwidth = "unlimited"
+[[sync.volumes]]
+path = "/nfs"
+bandwidth = "1024kB"
+"""
+    )
+    assert settings.sync == config.Sync(
+        link="link1",
+        port=17_911,
+        every_ms=600_000,
+        cron=None,
+        jitter_ms=0,
+        full_every_ms=86_400_000,
+        verify_every_ms=None,
+        verify_bandwidth_kib_s=None,
+        bandwidth_kib_s=16_384,
+        parallel=16,
+        timeout_s=120,
+        connect_timeout_s=1,
+        max_deletes=0,
+        max_deletes_percent=0,
+        max_data_age_ms=1_200_000,
+        resync="on-failback",
+        quarantine_max_age_ms=90 * 86_400_000,
+        quarantine_max_bytes=10**12,
+        quarantine_drop=True,
+        max_changed_folders=1000,
+        volumes=(
+            config.SyncVolume(Path("/nfs/a"), None, "0,30 8-18 * * mon-fri", 16_384),
+            config.SyncVolume(Path("/nfs/b/c"), 5000, None, None),
+            config.SyncVolume(Path("/nfs"), 600_000, None, 1000),
+        ),
+    )
+    assert settings.sync_link == settings.links[0]
+    assert settings.sync.of(Path("/nfs/b/c")).every_ms == 5000
+    assert settings.sync.of(Path("/nfs/b")) == config.SyncVolume(
+        Path("/nfs/b"), 600_000, None, 16_384
+    )
+
+
+def test_passes_by_the_clock_end_those_by_the_interval() -> None:
+    sync = config.parse(f'{MINIMAL}[sync]\ncron = "*/5 * * * *"\n').sync
+    assert (sync.every_ms, sync.cron) == (None, "*/5 * * * *")
+    own = f'{MINIMAL}[sync]\ncron = "*/5 * * * *"\n[[sync.volumes]]\npath = "/nfs"\nevery = "4s"'
+    assert config.parse(own).sync.volumes == (config.SyncVolume(Path("/nfs"), 4000, None, None),)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "* * * * *", "*/5 * * * *", "0 3 * * sun", "0 3 1,15 * *", "0-30/10,45 */2 * jan-mar,dec *",
+        "59 23 29 2 *", "0 0 * * mon-fri,sun", "0 0 31 1,2 *", "5-6 0 1 1 *",
+    ],
+)  # fmt: skip
+def test_cron_lines_that_are_right_are_right_for_the_scheduler_too(line: str) -> None:
+    assert cron.fault(line) == ""
+    trigger = CronTrigger.from_crontab(line, timezone="UTC")
+    assert trigger.get_next_fire_time(None, datetime(2026, 1, 1, tzinfo=UTC)) is not None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("* * * *", "five fields"), ("* * * * * *", "five fields"), (" * * * * *", "five fields"),
+        ("*  * * * *", "five fields"), ("*\t* * * *", "five fields"), ("@daily", "five fields"),
+        ("60 * * * *", "minute"), ("a * * * *", "minute"), ("*/0 * * * *", "minute"),
+        ("*/60 * * * *", "minute"), ("30-10 * * * *", "minute"), ("5/10 * * * *", "minute"),
+        ("1,,2 * * * *", "minute"), (", * * * *", "minute"), ("\u0661 * * * *", "minute"),
+        ("* 24 * * *", "hour"), ("* * 0 * *", "day of the month"),
+        ("* * L * *", "day of the month"),
+        ("* * last * *", "day of the month"), ("* * * 13 *", "month"), ("* * * jan-6 *", "month"),
+        ("* * * jan-jun/2 *", "month"), ("* * * * 0", "weekday"), ("* * * * 1-5", "weekday"),
+        ("* * * * */2", "weekday"), ("* * * * fri-mon", "weekday"), ("* * * * xyz", "weekday"),
+        ("0 0 1 * mon", "either or both"), ("0 0 30 2 *", "never comes"),
+        ("0 0 31 apr,jun *", "never comes"),
+    ],
+)  # fmt: skip
+def test_cron_lines_that_are_wrong_or_read_in_two_ways(line: str, words: str) -> None:
+    (found,) = problems_of(f"{MINIMAL}[sync]\ncron = {json.dumps(line)}\n")
+    assert found.startswith("sync.cron = ")
+    assert words in found
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["*", "*/2", "0", "1", "3-7", "1-31/5", "59", "7,9", "feb", "mon", "2-mon"]
+        ),
+        min_size=5,
+        max_size=5,
+    )
+)
+def test_no_cron_line_passes_that_the_scheduler_would_refuse(fields: list[str]) -> None:
+    line = " ".join(fields)
+    if not cron.fault(line):
+        trigger = CronTrigger.from_crontab(line, timezone="UTC")
+        assert trigger.get_next_fire_time(None, datetime(2026, 1, 1, tzinfo=UTC)) is not None
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -218,8 +391,18 @@ def test_durations(written: str, expected_ms: int) -> None:
 @given(st.integers(0, 10**9))
 def test_a_shown_duration_reads_back(duration_ms: int) -> None:
     shown = config.show_ms(duration_ms)
-    amount, unit = re.fullmatch(r"([0-9]+)(ms|s|m)", shown, re.ASCII).groups()  # type: ignore[union-attr]
-    assert int(amount) * {"ms": 1, "s": 1000, "m": 60_000}[unit] == duration_ms
+    amount, unit = re.fullmatch(r"([0-9]+)(ms|s|m|h|d)", shown, re.ASCII).groups()  # type: ignore[union-attr]
+    units_ms = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+    assert int(amount) * units_ms[unit] == duration_ms
+
+
+@given(
+    st.integers(64, 10**6), st.sampled_from(["kB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"])
+)
+def test_a_shown_size_reads_back(amount: int, unit: str) -> None:
+    read = kinds.size(1, 1 << 80).read
+    size_bytes = read(f"{amount}{unit}")
+    assert read(show_size(size_bytes)) == size_bytes
 
 
 def test_each_bound_is_allowed() -> None:
@@ -257,9 +440,17 @@ def test_there_are_invalid_configurations_for_every_relation() -> None:
         "firewall.ports.nfs (2049)",
         "firewall.ports.statd (20049)",
         "under nfs.root",
+        "half of sync.every",
+        "beside sync.every",
+        "one of links: ",
+        "sync.port = 111",
+        "2 x sync.every",
+        "neither quarantine_max_age nor quarantine_max_size",
+        "sync.volumes[1].path",
+        "must be given where hooks.mount is",
     ):
         assert words in messages
-    assert len(RELATIONS) == 9
+    assert len(RELATIONS) == 16
 
 
 def test_relations_of_a_broken_key_are_left_out() -> None:
@@ -400,6 +591,15 @@ def test_a_single_link_wants_its_risk_accepted() -> None:
         ('[takeover]\nstart_alone_after = "5m"', 'start_alone_after is "5m"'),
         ('[timing]\nprofile = "fast"\n[scheduling]\nrealtime = false', "scheduling.realtime"),
         ('[firewall]\nbackend = "iptables"\n[timing]\ntakeover_after = "4s"', "address lease ends"),
+        ('[sync]\nevery = "2h"', 'sync.every is "2h"'),
+        ('[sync]\nfull_every = "2d"', 'sync.full_every is "2d"'),
+        ('[sync]\nverify_every = "never"', "damage on a copy"),
+        ("[sync]\nmax_deletes_percent = 100", "no number of deletions is held"),
+        ('[sync]\nresync = "on-failback"', "no replica until a failback"),
+        (
+            '[sync]\nquarantine_drop = true\nquarantine_max_size = "9GB"',
+            "files that exist nowhere else are deleted",
+        ),
     ],
 )
 def test_other_accepted_risks_are_named(lines: str, words: str) -> None:
@@ -428,7 +628,7 @@ def test_defaults_in_words_are_the_defaults_in_force() -> None:
     for field, key in TIMING_KEYS.items():
         assert key.otherwise == getattr(Timings(), field), key.name
     assert len({key.name for key in KEYS}) == len(KEYS)
-    assert len(describe_keys()) == len(KEYS) + len(LINK_KEYS)
+    assert len(describe_keys()) == len(KEYS) + sum(map(len, EACH_TABLE_OF.values()))
 
 
 def test_relations_name_keys_that_exist() -> None:
