@@ -18,7 +18,7 @@ from ipaddress import IPv6Address, ip_address
 
 from nfsha.core.model import Datagram
 from nfsha.peer.limited_log import LimitedLog
-from nfsha.peer.wire import Refusal, Refused
+from nfsha.peer.wire import Page, Refusal, Refused, is_page
 
 DRAIN_LIMIT = 64
 """Most datagrams taken from one link at a time: six seconds of a peer, 0.5 ms of forgeries."""
@@ -70,10 +70,12 @@ class LinkSpec:
 
 @dataclass(slots=True)
 class LinkCounters:
-    """What one link saw since the start. `received` counts only datagrams of the peer."""
+    """What one link saw since the start. `received` counts only the peer's heartbeats."""
 
     sent: int = 0
     received: int = 0
+    pages_sent: int = 0
+    pages_received: int = 0
     forged: int = 0
     malformed: int = 0
     other_version: int = 0
@@ -81,7 +83,15 @@ class LinkCounters:
     from_stranger: int = 0
     errors: int = 0
     last_heard_ms: int | None = None
-    """When the last datagram of the peer was taken from the socket."""
+    """When the peer's last heartbeat was taken from the socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PageRoute:
+    """How pages are opened, and who takes them."""
+
+    unseal: Callable[[bytes], Page]
+    deliver: Callable[[Page], None]
 
 
 class Links:
@@ -104,6 +114,15 @@ class Links:
         self._seal = seal
         self._links = [_Link(spec, open, deliver, clock_ms, log) for spec in links]
 
+    def route_pages(self, unseal: Callable[[bytes], Page], deliver: Callable[[Page], None]) -> None:
+        """Takes pages too from now on; before, they are refused as malformed.
+
+        `unseal` refuses by raising `Refused`. `deliver(page)` is called for each page of the peer,
+        from the loop or from `drain`, on each link that it came over.
+        """
+        for link in self._links:
+            link.page_route = _PageRoute(unseal, deliver)
+
     async def start(self) -> None:
         """Opens all sockets. An interface or address that is not there yet is waited for.
 
@@ -120,7 +139,12 @@ class Links:
         """Seals the datagram once and sends it on every link. Failures are counted, not raised."""
         sealed = self._seal(datagram)
         for link in self._links:
-            link.send(sealed)
+            link.counters.sent += link.send(sealed)
+
+    def send_page(self, sealed: bytes) -> None:
+        """Sends a sealed page on every link. Failures are counted, not raised."""
+        for link in self._links:
+            link.counters.pages_sent += link.send(sealed)
 
     def drain(self) -> bool:
         """Takes what has arrived, at most `DRAIN_LIMIT` datagrams per link, and delivers it.
@@ -153,6 +177,7 @@ class _Link:
     ) -> None:
         self.spec = spec
         self.counters = LinkCounters()
+        self.page_route: _PageRoute | None = None
         self._unseal = unseal
         self._deliver = deliver
         self._clock_ms = clock_ms
@@ -175,19 +200,19 @@ class _Link:
                 raise LinkSetupError(f"link {self.spec.name}: {self._describe(error)}") from error
             self._retry_later("cannot be opened yet", error)
 
-    def send(self, sealed: bytes) -> None:
-        """Sends on this link; never raises."""
+    def send(self, sealed: bytes) -> bool:
+        """Sends on this link and says whether that went; never raises."""
         if self._reopen_at_ms is not None and self._clock_ms() >= self._reopen_at_ms:
             self._reopen()
         if self._socket is None:
             self.counters.errors += 1
-            return
+            return False
         try:
             self._socket.sendto(sealed, self._destination)
         except OSError as error:
             self._failed("cannot send", error)
-        else:
-            self.counters.sent += 1
+            return False
+        return True
 
     def drain(self) -> bool:
         """Takes up to `DRAIN_LIMIT` datagrams; says whether the socket was left empty."""
@@ -218,6 +243,11 @@ class _Link:
             self._log.warning(f"link {self.spec.name}, stranger", text)
             return
         try:
+            if self.page_route is not None and is_page(sealed):
+                page = self.page_route.unseal(sealed)
+                self.counters.pages_received += 1
+                self.page_route.deliver(page)
+                return
             datagram = self._unseal(sealed)
         except Refused as refused:
             self._count(refused.kind)

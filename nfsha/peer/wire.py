@@ -1,4 +1,4 @@
-"""A datagram on the wire: `Datagram` to sealed bytes, and sealed bytes back to `Datagram`.
+"""A datagram on the wire: `Datagram` or `Page` to sealed bytes, and sealed bytes back to it.
 
 Pure computing: no socket, no clock, no log. What is forged, torn, foreign or nonsense ends as one
 of the `Refused`, whatever the bytes; nothing is guessed or repaired. Whether a well-formed datagram
@@ -6,19 +6,24 @@ counts (sessions, sequence numbers, replay) is decided by the core, not here.
 
 Layout, all numbers in network byte order:
 
-    envelope  magic "nfsh" | version 1 byte | sender's role 1 byte | key hint 4 bytes
-    payload   by version; version 1 is `_BODY` and then 0 to MAX_PENDING of `_ECHO`
+    envelope  magic "nfsh" | version 1 byte | kind and sender's role 1 byte | key hint 4 bytes
+    payload   by version and kind; in version 1 a heartbeat is `_BODY` and then 0 to MAX_PENDING
+              of `_ECHO`, a page is `_PAGE_HEAD` and then a chunk
     seal      HMAC-SHA256 (RFC 2104, FIPS 180-4), 32 bytes, over everything before it
 
 The envelope and the seal stay the same in all versions. So the seal is checked first, and "another
 version" is the word of the real peer, not of somebody who flipped a bit. A given state has exactly
 one encoding: what is absent is all zeros, and unknown bits are refused.
+
+The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page. An nfsha that knows
+no pages takes such a byte for an unknown role, and refuses it.
 """
 
 from __future__ import annotations
 
 import hmac
 import struct
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
@@ -30,6 +35,18 @@ VERSION = 1
 
 MAX_BYTES = 1400
 """Upper bound of a sealed datagram: Ethernet's 1,500 less headers and a tunnel's share."""
+
+DIGEST_BYTES = 16
+"""Length of a digest of facts: SHA-256 cut to it, far from any chance of two alike."""
+
+NO_DIGEST = bytes(DIGEST_BYTES)
+"""The digest of no facts at all."""
+
+CHUNK_BYTES = 1280
+"""Length of each page's chunk but the last one's; with the rest it stays under `MAX_BYTES`."""
+
+MAX_PAGES = (1 << 20) // CHUNK_BYTES + 1
+"""Most pages of one node's facts: 1 MiB."""
 
 MAX_TIMING_MS = 3_600_000
 """An hour: no timer of a heartbeat is near it, and sums of a few stay far from any overflow."""
@@ -44,6 +61,14 @@ _HASH = "sha256"
 # flags, phase, promise, pending; session, seq; echo; epoch's number, id, authority; five timings
 _BODY = struct.Struct("!HBBB QQ QQ Q8sB 5I")
 _ECHO = struct.Struct("!QQ")
+
+# session, peer_session, counter; have, digest; pages, number
+_PAGE_HEAD = struct.Struct(f"!QQQ {DIGEST_BYTES}s{DIGEST_BYTES}s HH")
+
+_HEARTBEAT_KIND = 0 << 4
+_PAGE_KIND = 1 << 4
+_KIND_MASK = 0xF0
+_KIND_OFFSET = 5
 
 # Codes on the wire: a place in these tuples, counted from 0. Append only, never sort or reuse.
 _ROLES = (Role.PRIMARY, Role.STANDBY)
@@ -129,6 +154,31 @@ class OwnRole(Refused):
     kind = Refusal.OWN_ROLE
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One piece of the sender's facts, and what it holds of the receiver's (`nfsha.peer.pages`).
+
+    Without a chunk it is a bare status: no piece, number 0.
+    """
+
+    session: int
+    """The sender's session, never 0."""
+    peer_session: int
+    """The receiver's session as the sender has confirmed it, never 0."""
+    counter: int
+    """Rises with each page of a session."""
+    have: bytes
+    """The digest of the receiver's facts that the sender holds; `NO_DIGEST`: none."""
+    digest: bytes
+    """The digest of the sender's facts that the chunk belongs to; `NO_DIGEST`: it has none."""
+    pages: int
+    """In how many pages those facts travel."""
+    number: int
+    """Which of them this is, from 0."""
+    chunk: bytes
+    """`CHUNK_BYTES` of them, in the last page 1 to `CHUNK_BYTES`."""
+
+
 class Wire:
     """Seals this node's datagrams and opens the peer's."""
 
@@ -152,15 +202,31 @@ class Wire:
         """
         if datagram.role is not self._role:
             raise ValueError(f"a datagram of {datagram.role} on a node that is {self._role}")
-        envelope = _ENVELOPE.pack(_MAGIC, VERSION, _ROLE_CODES[datagram.role], self._hint)
-        sealed = envelope + encode(datagram)
+        return self._seal(_HEARTBEAT_KIND, encode(datagram))
+
+    def open(self, sealed: bytes) -> Datagram:
+        """Checks the seal and decodes. Raises one of the `Refused`, and nothing else."""
+        role, payload = self._unseal(_HEARTBEAT_KIND, sealed)
+        return decode(role, payload)
+
+    def seal_page(self, page: Page) -> bytes:
+        """Encodes and seals a page of this node. Raises ValueError for what is no page."""
+        return self._seal(_PAGE_KIND, encode_page(page))
+
+    def open_page(self, sealed: bytes) -> Page:
+        """Checks the seal and decodes. Raises one of the `Refused`, and nothing else."""
+        _, payload = self._unseal(_PAGE_KIND, sealed)
+        return decode_page(payload)
+
+    def _seal(self, kind: int, payload: bytes) -> bytes:
+        role_code = kind | _ROLE_CODES[self._role]
+        sealed = _ENVELOPE.pack(_MAGIC, VERSION, role_code, self._hint) + payload
         sealed += hmac.digest(self._secret, sealed, _HASH)
         if len(sealed) > MAX_BYTES:
             raise ValueError(f"a datagram of {len(sealed)} bytes, allowed are {MAX_BYTES}")
         return sealed
 
-    def open(self, sealed: bytes) -> Datagram:
-        """Checks the seal and decodes. Raises one of the `Refused`, and nothing else."""
+    def _unseal(self, kind: int, sealed: bytes) -> tuple[Role, bytes]:
         if not _ENVELOPE.size + _SEAL_BYTES <= len(sealed) <= MAX_BYTES:
             raise Malformed(f"{len(sealed)} bytes")
         magic, version, role_code, hint = _ENVELOPE.unpack_from(sealed)
@@ -175,10 +241,67 @@ class Wire:
             raise Forged("the seal does not fit")
         if version != VERSION:
             raise OtherVersion(f"version {version}, this node speaks {VERSION}")
-        role = _pick(_ROLES, role_code, "role")
+        role = _pick(_ROLES, role_code ^ kind, "role")
         if role is self._role:
             raise OwnRole(f"comes from a node whose role is {role} too")
-        return decode(role, sealed[_ENVELOPE.size : -_SEAL_BYTES])
+        return role, sealed[_ENVELOPE.size : -_SEAL_BYTES]
+
+
+def is_page(sealed: bytes) -> bool:
+    """Does it say that it is a page? Unproved before its seal is checked; any bytes will do."""
+    return len(sealed) > _KIND_OFFSET and sealed[_KIND_OFFSET] & _KIND_MASK == _PAGE_KIND
+
+
+def encode_page(page: Page) -> bytes:
+    """Encodes a page's payload. Raises ValueError for what `decode_page` would refuse."""
+    problem = _page_problem(page)
+    if problem:
+        raise ValueError(problem)
+    try:
+        head = _PAGE_HEAD.pack(
+            page.session,
+            page.peer_session,
+            page.counter,
+            page.have,
+            page.digest,
+            page.pages,
+            page.number,
+        )
+    except struct.error as error:
+        raise ValueError(f"a page that has no encoding ({error})") from error
+    return head + page.chunk
+
+
+def decode_page(payload: bytes) -> Page:
+    """Decodes a page's payload of `VERSION`. Raises only Malformed."""
+    if len(payload) < _PAGE_HEAD.size:
+        raise Malformed(f"a page of {len(payload)} bytes, at least {_PAGE_HEAD.size} wanted")
+    session, peer_session, counter, have, digest, pages, number = _PAGE_HEAD.unpack_from(payload)
+    chunk = payload[_PAGE_HEAD.size :]
+    page = Page(session, peer_session, counter, have, digest, pages, number, chunk)
+    problem = _page_problem(page)
+    if problem:
+        raise Malformed(problem)
+    return page
+
+
+def _page_problem(page: Page) -> str:
+    """Says what cannot be, or nothing."""
+    length = len(page.chunk)
+    last = page.number == page.pages - 1
+    if page.session == 0 or page.peer_session == 0:
+        return "a page of session 0, or for session 0"
+    if len(page.have) != DIGEST_BYTES or len(page.digest) != DIGEST_BYTES:
+        return "a digest of a wrong length"
+    if page.pages > MAX_PAGES or (page.pages == 0) != (page.digest == NO_DIGEST):
+        return f"facts {page.digest.hex()} in {page.pages} pages"
+    if length == 0:
+        return "" if page.number == 0 else f"page {page.number} without a chunk"
+    if page.number >= page.pages:
+        return f"page {page.number} of {page.pages}"
+    if length > CHUNK_BYTES or (length < CHUNK_BYTES and not last):
+        return f"page {page.number} of {page.pages} with {length} bytes"
+    return ""
 
 
 def encode(datagram: Datagram) -> bytes:
