@@ -13,8 +13,9 @@ from itertools import groupby
 from typing import Any
 
 import nfsha
-from nfsha.cli import fsm, operate, setup, watch
+from nfsha.cli import fsm, operate, replicate, setup, watch
 from nfsha.cli.exits import MEANINGS, Answer
+from nfsha.config.kinds import WrongError, bandwidth
 
 WIDTH = 80
 _GLUE = "\N{NO-BREAK SPACE}"
@@ -40,7 +41,8 @@ class Option:
         """How it is written: `--count N`, `--json`, `ROW`."""
         longest = self.names[-1]
         if not longest.startswith("-"):
-            return str(self.parse.get("metavar", longest))
+            several = "..." if self.parse.get("nargs") == "*" else ""
+            return f"{self.parse.get('metavar', longest)}{several}"
         if self.parse.get("action") == "store_true":
             return longest
         choices = self.parse.get("choices")
@@ -50,6 +52,8 @@ class Option:
     @property
     def optional(self) -> bool:
         """It may be left out."""
+        if self.parse.get("nargs") in ("?", "*"):
+            return True
         return self.names[-1].startswith("-") and not self.parse.get("required")
 
 
@@ -112,7 +116,34 @@ def _number(least: int, most: int) -> Callable[[str], int]:
     return number
 
 
+def _rate(text: str) -> int | str:
+    """A bandwidth in KiB per second, or one of two words, for argparse."""
+    if text in (replicate.DEFAULT, replicate.UNLIMITED):
+        return text
+    kind = bandwidth()
+    try:
+        return kind.read(text)
+    except WrongError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not "{replicate.UNLIMITED}", "{replicate.DEFAULT}" or {kind.right}'
+        ) from None
+
+
+def _name(text: str) -> str:
+    """The name of a volume or a file, in the spelling of the screens, for argparse."""
+    try:
+        return replicate.spelled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{error}: names are typed as they are shown, a backslash itself as \\x5c"
+        ) from None
+
+
+VOLUME = Option(("--volume",), "of this volume only", {"metavar": "VOLUME", "type": _name})
+ENTRY = Option(("entry",), "the entry, as `quarantine list` names it", {"metavar": "ENTRY"})
+
 LOOK = "Look"
+COPY = "Copy the data"
 DECIDE = "Decide"
 SET_UP = "Set up and run"
 EXPLAIN = "Understand"
@@ -135,6 +166,84 @@ COMMANDS: tuple[Command, ...] = (
             CONFIG, SOCKET,
         ),
         "While no daemon runs, they are read from its file.",
+    ),
+    Command(
+        "volumes", LOOK, "show the volumes of both nodes and how old the copy is",
+        "nfsha volumes --watch", watch.volumes,
+        (Option(("--watch",), "show it again each second, until ^C", FLAG), CONFIG, SOCKET),
+        "Sizes are decimal, times are UTC.",
+    ),
+    Command(
+        "volumes pair", COPY, "make the volumes of one name on both nodes a pair",
+        "nfsha volumes pair data", replicate.pair,
+        (
+            Option(("volume",), "its path below nfs.root, as `nfsha volumes` shows it",
+                   {"metavar": "VOLUME", "type": _name}),
+            YES, CONFIG, SOCKET,
+        ),
+        "For volumes that hold data on both nodes; an empty one is paired by itself.",
+    ),
+    Command(
+        "sync", COPY, "copy now, without waiting for the schedule",
+        "nfsha sync data --wait", replicate.sync,
+        (
+            Option(("volume",), "only this one", {"metavar": "VOLUME", "nargs": "?",
+                                                  "type": _name}),
+            Option(("--wait",), "show the passes until they have ended", FLAG),
+            Option(("--full",), "look at every folder, not only at those that changed", FLAG),
+            Option(("--verify",), "compare all contents by checksum, too", FLAG),
+            Option(
+                ("--accept-deletes",), "let the deletions that are held by this plan happen",
+                {"metavar": "PLAN"},
+            ),
+            Option(("--pause",), "begin no pass until --resume", FLAG, "turn"),
+            Option(("--resume",), "let passes come by themselves again", FLAG, "turn"),
+            Option(
+                ("--bandwidth",),
+                'bytes per second of each transfer, such as 50MB, or "unlimited"; "default" is '
+                "the configuration's. It holds until the daemon ends",
+                {"metavar": "RATE", "type": _rate}, "turn",
+            ),
+            CONFIG, SOCKET,
+        ),
+        "On the node that does not serve. ^C ends the waiting, not the passes.",
+    ),
+    Command(
+        "quarantine list", COPY, "list what was put aside instead of being lost",
+        "nfsha quarantine list", replicate.quarantine_list, (VOLUME, CONFIG, SOCKET),
+    ),
+    Command(
+        "quarantine show", COPY, "list the files of one quarantine entry",
+        "nfsha quarantine show ENTRY", replicate.quarantine_show,
+        (
+            ENTRY,
+            Option(("-n", "--count"), "how many (default: 1000)",
+                   {"metavar": "N", "type": _number(1, 10_000), "default": 1000}),
+            Option(("--after",), "go on behind this path", {"metavar": "PATH", "type": _name}),
+            VOLUME, CONFIG, SOCKET,
+        ),
+    ),
+    Command(
+        "quarantine restore", COPY, "move files back from the quarantine",
+        "nfsha quarantine restore ENTRY docs/plan.txt --to found",
+        replicate.quarantine_restore,
+        (
+            ENTRY,
+            Option(("path",), "only these (a folder: all below it), spelled as they are shown",
+                   {"metavar": "PATH", "nargs": "*", "type": _name}),
+            Option(("--to",), "below this folder of the same volume, not at their own places",
+                   {"metavar": "FOLDER", "type": _name}, "place"),
+            Option(("--beside",), "under another name where something has come in their place",
+                   FLAG, "place"),
+            VOLUME, CONFIG, SOCKET,
+        ),
+        "Nothing is ever overwritten. On the node that does not serve the next pass would delete "
+        "what came back: there --to is needed.",
+    ),
+    Command(
+        "quarantine drop", COPY, "delete one quarantine entry for good",
+        "nfsha quarantine drop ENTRY", replicate.quarantine_drop,
+        (ENTRY, YES, VOLUME, CONFIG, SOCKET),
     ),
     Command(
         "activate", DECIDE, "make this node serve although the peer cannot agree",
@@ -260,22 +369,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"nfsha {nfsha.__version__}")
     top.set_defaults(do=None, json=False, shown=top)
     branches = {"": top.add_subparsers(prog="nfsha", metavar="COMMAND", help=argparse.SUPPRESS)}
+    leaves: dict[str, argparse.ArgumentParser] = {}
     for command in COMMANDS:
         family, _, word = command.words.rpartition(" ")
         if family not in branches:
-            members = [one for one in COMMANDS if one.words.startswith(f"{family} ")]
-            trunk = branches[""].add_parser(
-                family,
-                usage=f"nfsha {family} COMMAND [OPTION...]",
-                description=_listed(members),
-                formatter_class=_formatter,
-                allow_abbrev=False,
-            )
-            trunk.set_defaults(shown=trunk)
+            trunk = leaves.get(family) or _trunk(branches[""], family)
             branches[family] = trunk.add_subparsers(
                 prog=f"nfsha {family}", metavar="COMMAND", help=argparse.SUPPRESS
             )
-        leaf = branches[family].add_parser(
+        leaf = leaves[command.words] = branches[family].add_parser(
             word,
             usage=_wrapped_usage(command),
             description=described(command),
@@ -286,6 +388,22 @@ def parser() -> argparse.ArgumentParser:
         leaf.set_defaults(do=command.do)
         _add_options(leaf, command.all_options)
     return top
+
+
+def _trunk(
+    branch: argparse._SubParsersAction[argparse.ArgumentParser], family: str
+) -> argparse.ArgumentParser:
+    """The first word of a family that is no command by itself: it shows its members."""
+    members = [one for one in COMMANDS if one.words.startswith(f"{family} ")]
+    trunk = branch.add_parser(
+        family,
+        usage=f"nfsha {family} COMMAND [OPTION...]",
+        description=_listed(members),
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    trunk.set_defaults(shown=trunk)
+    return trunk
 
 
 def _add_options(leaf: argparse.ArgumentParser, options: tuple[Option, ...]) -> None:

@@ -69,6 +69,42 @@ def command(path: Path, name: str, args: Mapping[str, object]) -> Facts:
     raise CommandError(Exit.REFUSED, f"refused ({answer['row']}): {answer['why']}", data=answer)
 
 
+def ask(path: Path, name: str, args: Mapping[str, object]) -> Facts:
+    """Sends one command about the copies; returns what it did.
+
+    Raises CommandError, with exit code 3 when a guard refused.
+    """
+    answer = _call(path, name, args)
+    if answer.get("ok") is False:
+        raise CommandError(Exit.REFUSED, f"refused: {answer['why']}", data=answer)
+    return answer
+
+
+def volumes(path: Path) -> Facts:
+    """All volumes as both nodes have them, and which way data flows.
+
+    A daemon with many volumes answers in parts: `total` says how many there are.
+    """
+    answer = _call(path, "volumes", {"start": 0})
+    found = list(answer["volumes"])
+    while len(found) < answer.get("total", 0):
+        part = _call(path, "volumes", {"start": len(found)})["volumes"]
+        if not part:
+            break
+        found += part
+    return {**answer, "volumes": found}
+
+
+def sync_and_wait(path: Path, args: Mapping[str, object]) -> Iterator[Facts]:
+    """Begins passes, and tells how they stand until they have ended; the last one is `done`."""
+    try:
+        yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream("sync-wait", args)
+    except control.CommandError as error:
+        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+    except control.ControlError as error:
+        raise CommandError(Exit.UNREACHABLE, str(error)) from error
+
+
 def answers(path: Path) -> bool:
     """Does a daemon live at this socket? Raises OSError where that cannot be found out."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -27,7 +27,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.DONE: "done",
     Exit.CANNOT: "it cannot be done on this machine; the message says what is wrong and what helps",
     Exit.USAGE: "wrong usage, or an error in the configuration",
-    Exit.REFUSED: "refused by a rule, or not confirmed; nothing has changed",
+    Exit.REFUSED: "refused by a rule or a guard, or not confirmed; nothing has changed",
     Exit.ABORTED: "begun, then aborted and rolled back",
     Exit.INCOMPLETE: "begun or moved, but a later step is not complete; the message says which",
     Exit.UNREACHABLE: "the daemon is not running, or does not answer",

@@ -14,6 +14,7 @@ from typing import Any
 
 from nfsha.cli import client, render
 from nfsha.cli.exits import Answer, CommandError, Exit
+from nfsha.cli.words import Style, paragraph
 
 POLL_S = 0.2
 
@@ -23,7 +24,7 @@ Facts = Mapping[str, Any]
 def activate(args: argparse.Namespace) -> Answer:
     """Makes this node serve, and waits for the outcome."""
     path = client.socket_path(args)
-    _confirm(
+    confirm(
         args,
         path,
         "This node will take a new epoch and serve. Its data becomes the truth: what was written "
@@ -65,7 +66,7 @@ def _outcome(path: Path, answer: Facts, wait_s: int) -> Answer:
 def confirm_peer_down(args: argparse.Namespace) -> Answer:
     """Gives the operator's word that the other node is off."""
     path = client.socket_path(args)
-    _confirm(
+    confirm(
         args,
         path,
         "You give your word that the other node is off. This node may then serve without its "
@@ -90,7 +91,7 @@ def _done(word: str, answer: Facts) -> Answer:
     return Answer(f"{word} ({answer['row']}): {answer['why']}", answer)
 
 
-def _confirm(args: argparse.Namespace, path: Path, meaning: str) -> None:
+def confirm(args: argparse.Namespace, path: Path, meaning: str) -> None:
     """Shows what it means and asks. Raises CommandError unless the answer is `yes`."""
     if args.yes:
         return
@@ -98,8 +99,8 @@ def _confirm(args: argparse.Namespace, path: Path, meaning: str) -> None:
         raise CommandError(
             Exit.USAGE, "this wants a confirmation, and nobody can be asked here", "add --yes"
         )
-    headline = render.status(client.status(path), render.Style()).splitlines()[0]
-    print(f"{headline}\n\n{render.paragraph(meaning)}\n")
+    headline = render.status(client.status(path), Style()).splitlines()[0]
+    print(f"{headline}\n\n{paragraph(meaning)}\n")
     try:
         said = input("Type yes to go on: ")
     except EOFError:

@@ -8,68 +8,36 @@ version while nfsha is upgraded.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-WIDTH = 80
-_LABEL = 13
-
-Facts = Mapping[str, Any]
-
-_RED, _GREEN, _YELLOW, _BOLD, _PLAIN = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
+from nfsha.cli import render_volumes
+from nfsha.cli.words import (
+    BOLD,
+    GREEN,
+    RED,
+    WIDTH,
+    YELLOW,
+    Facts,
+    Style,
+    ago,
+    duration,
+    epoch_text,
+    get,
+    labelled,
+    printable,
+)
 
 _COLOURS = {
-    "ACTIVE": _GREEN,
-    "PASSIVE": _GREEN,
-    "ISOLATED": _RED,
-    "DIVERGED": _RED,
-    "FAULT": _RED,
+    "ACTIVE": GREEN,
+    "PASSIVE": GREEN,
+    "ISOLATED": RED,
+    "DIVERGED": RED,
+    "FAULT": RED,
 }
 
 
 _LINK_TROUBLE = ("forged", "malformed", "other_version", "own_role", "from_stranger", "errors")
 """Counters of a link (`nfsha.peer.links.LinkCounters`) that are shown only when not 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How text is shown; without colour nothing but printable characters and newlines."""
-
-    colour: bool = False
-
-    def paint(self, text: str, code: str) -> str:
-        """The text in this colour, where colours are wanted."""
-        return f"{code}{text}{_PLAIN}" if self.colour else text
-
-
-def duration(ms: int | None) -> str:
-    """A duration as people say it, in at most two units: `43 ms`, `2 h 3 min`; None is `never`."""
-    if ms is None:
-        return "never"
-    if ms < 1000:
-        return f"{ms} ms"
-    if ms < 10_000:
-        return f"{ms / 1000:.1f} s"
-    total_s = ms // 1000
-    if total_s < 60:
-        return f"{total_s} s"
-    minutes, seconds = divmod(total_s, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def ago(ms: int | None) -> str:
-    """How long ago: `43 ms ago`, or `never`."""
-    return "never" if ms is None else f"{duration(ms)} ago"
-
-
-def printable(text: object) -> str:
-    """The text with everything a terminal might obey replaced."""
-    return "".join(one if one.isprintable() else "?" for one in str(text))
 
 
 # --------------------------------------------------------------------------- status
@@ -80,9 +48,9 @@ def status(facts: Facts, style: Style) -> str:
     lines = [_headline(facts, style)]
     for label, sentences in _sections(facts):
         for number, sentence in enumerate(sentences):
-            lines += _labelled(label if number == 0 else "", sentence)
+            lines += labelled(label if number == 0 else "", sentence)
     lines += _alarms(facts, style)
-    lines += _labelled("next", facts.get("next", ""))
+    lines += labelled("next", facts.get("next", ""))
     return "\n".join(lines)
 
 
@@ -90,7 +58,7 @@ def _headline(facts: Facts, style: Style) -> str:
     phase = printable(facts["phase"])
     name = printable(facts.get("node", facts["role"]))
     text = f"on {name} for {duration(facts['since_ms'])}: {_gist(facts)}"
-    painted = style.paint(phase, _BOLD + _COLOURS.get(phase, _YELLOW))
+    painted = style.paint(phase, BOLD + _COLOURS.get(phase, YELLOW))
     first, *rest = textwrap.wrap(text, WIDTH - len(phase) - 1) or [""]
     more = textwrap.wrap(" ".join(rest), WIDTH - 2)
     return "\n".join([f"{painted} {first}", *(f"  {line}" for line in more)])
@@ -118,15 +86,15 @@ def _gist(facts: Facts) -> str:
 
 
 def _passive_gist(facts: Facts, vips: str) -> str:
-    conditions = _get(facts, "takeover", "conditions") or []
+    conditions = get(facts, "takeover", "conditions") or []
     able = all(one["ok"] for one in conditions if one["number"] in (2, 3))
-    if _get(facts, "takeover", "promised"):
+    if get(facts, "takeover", "promised"):
         return f"promised not to take over {vips}"
     if not able:
         return f"could not take over {vips} now"
-    if not _get(facts, "peer", "heard"):
+    if not get(facts, "peer", "heard"):
         return f"watches {vips}, the other node is silent"
-    if not _get(facts, "peer", "serving"):
+    if not get(facts, "peer", "serving"):
         return f"watches {vips}, the other node does not serve"
     return f"ready to take over {vips}"
 
@@ -149,20 +117,15 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "health", [_health_line(facts)]
     yield "warnings", list(facts.get("warnings") or [])
     yield "maintenance", ["on (`nfsha maintenance off` ends it)"] if facts["maintenance"] else []
-    yield "replication", [_get(facts, "replication", "text") or "unknown"]
+    yield (
+        "replication",
+        [
+            get(facts, "replication", "text") or "unknown",
+            *render_volumes.brief(facts.get("copies") or {}),
+        ],
+    )
     yield "scheduling", [facts["scheduling"]] if facts.get("scheduling") else []
     yield "risks", list(facts.get("risks") or [])
-
-
-def _get(facts: Facts, *names: str) -> Any:  # noqa: ANN401 - JSON of another process
-    value: Any = facts
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _epoch_text(epoch: Facts | None) -> str:
-    return f"{epoch['number']} ({str(epoch['id'])[:8]})" if epoch else "none"
 
 
 def _epoch_line(facts: Facts) -> str:
@@ -170,7 +133,7 @@ def _epoch_line(facts: Facts) -> str:
         return "none yet"
     here = facts["authority"] == facts["role"]
     whose = "this node has the truth" if here else f"the {facts['authority']} has the truth"
-    return f"{_epoch_text(facts['epoch'])}, {whose}"
+    return f"{epoch_text(facts['epoch'])}, {whose}"
 
 
 def _evidence_lines(facts: Facts) -> list[str]:
@@ -192,8 +155,8 @@ def _evidence_text(one: Facts) -> str:
 
 def _takeover_lines(facts: Facts) -> list[str]:
     """The conditions, where there is something to see: the peer is not serving as it should."""
-    conditions = _get(facts, "takeover", "conditions") or []
-    calm = _get(facts, "peer", "heard") and _get(facts, "peer", "serving")
+    conditions = get(facts, "takeover", "conditions") or []
+    calm = get(facts, "peer", "heard") and get(facts, "peer", "serving")
     if calm and all(one["ok"] for one in conditions if one["number"] in (2, 3)):
         return []
     return [
@@ -210,7 +173,7 @@ def _peer_line(facts: Facts) -> str:
     heard = f"heard {age} ago:" if peer["heard"] else f"SILENT for {age}; before:"
     health = "healthy" if peer["healthy"] else "not healthy"
     serves = ", serves" if peer["serving"] else ""
-    epoch = _epoch_text(peer["epoch"])
+    epoch = epoch_text(peer["epoch"])
     return f"{peer['role']}, {heard} {peer['phase']}{serves}, {health}, epoch {epoch}"
 
 
@@ -283,23 +246,12 @@ def _health_line(facts: Facts) -> str:
 def _alarms(facts: Facts, style: Style) -> list[str]:
     alarms = facts["alarms"]
     if not alarms:
-        return _labelled("alarms", "none")
+        return labelled("alarms", "none")
     lines: list[str] = []
     for number, alarm in enumerate(alarms):
-        wrapped = _labelled("ALARMS" if number == 0 else "", f"{alarm['name']}: {alarm['text']}")
-        lines += [style.paint(line, _RED) for line in wrapped]
+        wrapped = labelled("ALARMS" if number == 0 else "", f"{alarm['name']}: {alarm['text']}")
+        lines += [style.paint(line, RED) for line in wrapped]
     return lines
-
-
-def _labelled(label: str, text: object) -> list[str]:
-    start = f"{label}: " if label else ""
-    return textwrap.wrap(
-        printable(text),
-        WIDTH,
-        initial_indent=f"{start:<{_LABEL}}",
-        subsequent_indent=" " * _LABEL,
-        break_on_hyphens=False,
-    )
 
 
 # --------------------------------------------------------------------------- events, answers
@@ -317,8 +269,3 @@ def event(one: Facts) -> str:
     if one.get("detail"):
         lines.append(printable(f"    {one['detail']}"))
     return "\n".join(lines)
-
-
-def paragraph(text: str) -> str:
-    """The text in lines of at most 80 columns."""
-    return textwrap.fill(printable(text), WIDTH)

@@ -1,4 +1,4 @@
-"""The commands that look on: the status of this node, and its events. They change nothing."""
+"""The commands that look on: status, volumes and events. They change nothing."""
 
 from __future__ import annotations
 
@@ -7,44 +7,61 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
-from nfsha.cli import client, render
+from nfsha.cli import client, render, render_volumes
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.setup import load_settings
+from nfsha.cli.words import Style
 from nfsha.host.events import read_events
 
 WATCH_EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[2J"
 
 
-def style() -> render.Style:
+def style() -> Style:
     """Colour on a terminal only, and not where NO_COLOR (no-color.org) is set."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return render.Style(colour=wanted and sys.stdout.isatty())
+    return Style(colour=wanted and sys.stdout.isatty())
 
 
 def status(args: argparse.Namespace) -> Answer:
     """Says what this node does, why, and what to do next; with `--watch` again each second."""
     path = client.socket_path(args)
+    return _look(args, lambda: client.status(path), render.status)
+
+
+def volumes(args: argparse.Namespace) -> Answer:
+    """Shows the volumes of both nodes and their copies; with `--watch` again each second."""
+    path = client.socket_path(args)
+    return _look(args, lambda: client.volumes(path), render_volumes.volumes)
+
+
+def _look(
+    args: argparse.Namespace,
+    ask: Callable[[], Mapping[str, object]],
+    show: Callable[[Mapping[str, Any], Style], str],
+) -> Answer:
     if not args.watch:
-        facts = client.status(path)
-        return Answer(render.status(facts, style()), facts)
+        facts = ask()
+        return Answer(show(facts, style()), facts)
     while True:
         try:
-            facts = client.status(path)
-            text = render.status(facts, style())
+            facts = ask()
+            text = show(facts, style())
         except CommandError as error:
             if error.exit is not Exit.UNREACHABLE:
                 raise
             facts = {"ok": False, "exit": int(error.exit), "error": error.message}
             text = f"nfsha: {error}"
-        _show_again(facts if args.json else None, text)
+        show_again(facts if args.json else None, text)
         time.sleep(WATCH_EVERY_S)
 
 
-def _show_again(facts: Mapping[str, object] | None, text: str) -> None:
+def show_again(facts: Mapping[str, object] | None, text: str) -> None:
+    """Shows what is there now: JSON in one line, else the text in place of the last one."""
     if facts is not None:
         print(json.dumps(facts), flush=True)
     elif sys.stdout.isatty():

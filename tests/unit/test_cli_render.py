@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nfsha.cli import render
-from nfsha.cli.render import Style
+from nfsha.cli import render, words
+from nfsha.cli.words import Style
 from tests.unit import situations
 from tests.unit.situations import Node, Pair
 
@@ -206,15 +206,15 @@ def test_warnings_and_trouble_of_links_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "words"),
+    ("ms", "told"),
     [
         (None, "never"), (0, "0 ms"), (999, "999 ms"), (1000, "1.0 s"), (9999, "10.0 s"),
         (10_000, "10 s"), (59_999, "59 s"), (60_000, "1 min 0 s"), (3_599_000, "59 min 59 s"),
         (7_380_000, "2 h 3 min"), (86_400_000 * 3, "3 d 0 h"),
     ],
 )  # fmt: skip
-def test_durations_are_said_as_people_say_them(ms: int | None, words: str) -> None:
-    assert render.duration(ms) == words
+def test_durations_are_said_as_people_say_them(ms: int | None, told: str) -> None:
+    assert words.duration(ms) == told
 
 
 def test_events_are_listed_with_their_reasons() -> None:

@@ -1,0 +1,234 @@
+r"""The commands about the copies: passes, pairs of volumes, the quarantine.
+
+They ask the daemon, which has the guards. Names of volumes and files are bytes: they travel, are
+shown and are typed in one spelling (`nfsha.replica.beneath.shown`), in which `\\x0a` is a newline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from nfsha.cli import client, render_quarantine, render_volumes, watch
+from nfsha.cli.exits import Answer, CommandError, Exit
+from nfsha.cli.operate import confirm
+from nfsha.cli.words import get, printable, size
+from nfsha.replica.beneath import from_shown, shown
+
+DEFAULT: Final = "default"
+UNLIMITED: Final = "unlimited"
+
+_MIN_PLAN_DIGITS: Final = 8
+
+Facts = Mapping[str, Any]
+
+
+def spelled(text: str) -> str:
+    """A name as it was typed, in the spelling of the screens: backslashes are its own.
+
+    Raises ValueError for a backslash with anything else than x and two hex digits.
+    """
+    safe = "".join(one if one == "\\" else shown(os.fsencode(one)) for one in text)
+    from_shown(safe)
+    return safe
+
+
+# --------------------------------------------------------------------------- passes
+
+
+def sync(args: argparse.Namespace) -> Answer:
+    """Begins passes now; or pauses them, lets them go on, or changes their bandwidth."""
+    path = client.socket_path(args)
+    turned = args.pause or args.resume or args.bandwidth is not None
+    begun = args.volume or args.wait or args.full or args.verify or args.accept_deletes
+    if turned and begun:
+        raise CommandError(
+            Exit.USAGE, "--pause, --resume and --bandwidth are for all volumes, and begin no pass"
+        )
+    if args.bandwidth is not None:
+        return _limit(path, args.bandwidth)
+    if turned:
+        return _done(client.ask(path, "sync-pause", {"on": args.pause}), "done")
+    request = _request(args, path)
+    return _wait(args, path, request) if args.wait else _begin(path, request)
+
+
+def _limit(path: Path, bandwidth: int | str) -> Answer:
+    kib_s = None if bandwidth == UNLIMITED else bandwidth
+    return _done(client.ask(path, "sync-bandwidth", {"kib_s": kib_s}), "done")
+
+
+def _done(answer: Facts, word: str) -> Answer:
+    return Answer(f"{word}: {answer['why']}" if answer.get("why") else word, answer)
+
+
+def _request(args: argparse.Namespace, path: Path) -> dict[str, object]:
+    volume, plan = args.volume, args.accept_deletes
+    if plan is not None:
+        volume, plan = _held_plan(path, volume, plan)
+    return {"volume": volume, "full": args.full, "verify": args.verify, "accept_deletes": plan}
+
+
+def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
+    """The volume whose deletions are held by the plan that begins so, and the whole plan."""
+    if len(digits) < _MIN_PLAN_DIGITS:
+        raise CommandError(
+            Exit.USAGE, f"a plan is named by at least {_MIN_PLAN_DIGITS} of its digits"
+        )
+    plans = {
+        one["name"]: str(plan["hash"])
+        for one in client.volumes(path)["volumes"]
+        if (plan := get(one, "sync", "plan"))
+    }
+    found = [
+        (name, plan)
+        for name, plan in plans.items()
+        if plan.startswith(digits) and volume in (None, name)
+    ]
+    if len(found) == 1:
+        return found[0]
+    held = ", ".join(f"{plan[:12]} of {name}" for name, plan in plans.items())
+    raise CommandError(
+        Exit.REFUSED,
+        printable(f"{'several plans are' if found else 'no plan is'} named {digits}"),
+        printable(f"held are: {held}") if held else "no deletions are held: see `nfsha volumes`",
+    )
+
+
+def _begin(path: Path, request: Facts) -> Answer:
+    answer = client.ask(path, "sync", request)
+    lines = [
+        f"{printable(one['name'])}: {one['state']}" + (f": {one['why']}" if one["why"] else "")
+        for one in answer["volumes"]
+    ]
+    refused = [one for one in answer["volumes"] if one["state"] == "refused"]
+    if refused:
+        raise CommandError(
+            Exit.REFUSED if len(refused) == len(answer["volumes"]) else Exit.INCOMPLETE,
+            "\n  ".join(["refused for some volumes:", *map(printable, lines)]),
+            "`nfsha volumes` says more",
+            answer,
+        )
+    return Answer("\n".join([*map(printable, lines), *_said(answer)]), answer)
+
+
+def _said(answer: Facts) -> list[str]:
+    return [printable(answer["why"])] if answer.get("why") else []
+
+
+def _wait(args: argparse.Namespace, path: Path, request: Facts) -> Answer:
+    """Shows the passes until they have ended. ^C ends the watching only: the passes go on."""
+    last: Facts = {}
+    told: dict[str, str] = {}
+    for answer in client.sync_and_wait(path, request):
+        last = {**last, **answer}
+        if answer.get("done"):
+            return _waited(last)
+        if args.json:
+            print(json.dumps(answer), flush=True)
+        elif sys.stdout.isatty():
+            watch.show_again(None, render_volumes.passes(answer["volumes"], watch.style()))
+        else:
+            for line in _news(answer["volumes"], told):
+                print(line, flush=True)
+    raise CommandError(
+        Exit.UNREACHABLE, "the daemon has ended, so how the passes end is not known here"
+    )
+
+
+def _news(listed: Iterable[Facts], told: dict[str, str]) -> Iterator[str]:
+    """One line for each volume whose state has changed since it was told."""
+    for one in listed:
+        state = render_volumes.state({**one, "sync": {**one["sync"], "next_ms": None}})
+        if told.get(one["name"]) != state:
+            told[one["name"]] = state
+            yield printable(f"{one['name']}: {state}")
+
+
+def _waited(last: Facts) -> Answer:
+    listed = last.get("volumes") or []
+    if last["ok"]:
+        lines = [render_volumes.finished(one) for one in listed]
+        return Answer("\n".join([*lines, *_said(last)]) or "done", last)
+    if last.get("refused"):
+        raise CommandError(Exit.REFUSED, f"refused: {last['why']}", data=last)
+    steps = [step for one in listed if (step := render_volumes.step_for(one))]
+    raise CommandError(
+        Exit.INCOMPLETE, f"not complete: {last['why']}", steps[0] if steps else "", last
+    )
+
+
+# --------------------------------------------------------------------------- pairs
+
+
+def pair(args: argparse.Namespace) -> Answer:
+    """Makes the two volumes of one name a pair."""
+    path = client.socket_path(args)
+    confirm(
+        args,
+        path,
+        f"The volumes {args.volume} of both nodes will be one pair. The one on the node that does "
+        "not serve is then made equal to the other one: what is only there, or newer there, goes "
+        "to its quarantine.",
+    )
+    return _done(client.ask(path, "volumes-pair", {"volume": args.volume}), "done")
+
+
+# --------------------------------------------------------------------------- quarantine
+
+
+def quarantine_list(args: argparse.Namespace) -> Answer:
+    """Lists what was put aside on this node."""
+    answer = _quarantine(args, "list")
+    return Answer(render_quarantine.entries(answer), answer)
+
+
+def quarantine_show(args: argparse.Namespace) -> Answer:
+    """Lists the files of one entry."""
+    answer = _quarantine(args, "show", entry=args.entry, after=args.after, limit=args.count)
+    return Answer(render_quarantine.items(answer), answer)
+
+
+def quarantine_restore(args: argparse.Namespace) -> Answer:
+    """Moves files of one entry back, or to another folder of the volume."""
+    answer = _quarantine(
+        args, "restore", entry=args.entry, paths=args.path, to=args.to, beside=args.beside
+    )
+    text = render_quarantine.restored(answer)
+    if not answer["refused_count"]:
+        return Answer(text, answer)
+    raise CommandError(
+        Exit.INCOMPLETE if answer["files"] else Exit.REFUSED,
+        text,
+        "`--beside` restores under another name what would be overwritten",
+        answer,
+    )
+
+
+def quarantine_drop(args: argparse.Namespace) -> Answer:
+    """Deletes one entry for good."""
+    path = client.socket_path(args)
+    listed = _quarantine(args, "list")["entries"]
+    found = [one for one in listed if one["name"] == args.entry]
+    if not found:
+        raise CommandError(
+            Exit.REFUSED, f"there is no entry {args.entry}", "see `nfsha quarantine list`"
+        )
+    what = "".join(f" {size(one['bytes'])} will be gone." for one in found if one.get("bytes"))
+    confirm(
+        args,
+        path,
+        f"The quarantine entry {args.entry} is deleted for good.{what} Its files were never "
+        "replicated: they may exist nowhere else.",
+    )
+    return _done(_quarantine(args, "drop", entry=args.entry, confirm=args.entry), "done")
+
+
+def _quarantine(args: argparse.Namespace, action: str, **more: object) -> Facts:
+    path = client.socket_path(args)
+    return client.ask(path, "quarantine", {"action": action, "volume": args.volume, **more})
