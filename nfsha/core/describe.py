@@ -517,7 +517,7 @@ _NEXT_BY_ROW: Mapping[str, str] = {
     "P94": "nothing for now: the address of a dead daemon ends by itself within seconds",
     "P95": "nothing for now: decides within seconds",
     "T90": "nothing for now; if the other node is known to be off: `nfsha confirm-peer-down`",
-    "R91": "bring this node's copy up to date",
+    "R91": "nothing for now if a resync runs: `nfsha volumes` shows it, or what holds it up",
     "R92": "on the node whose data is the truth: `nfsha activate`",
     "R93": "start the other node or its nfsha, or mend the links",
     "I90": "mend the links between the nodes; if the other one is off for certain: "
@@ -531,7 +531,7 @@ _NEXT_BY_ROW: Mapping[str, str] = {
 _NEXT_BY_OBSTACLE: Mapping[str, str] = {
     "promised": "start the other node; if it is off for certain: `nfsha activate --force` here",
     "not-whole": "start the other node; if it is gone for good, and this data is good enough: "
-    "`nfsha activate` here",
+    "`nfsha activate --force` here",
     "unknown-to-peer": "start the other node; if it is off for certain: `nfsha activate` here",
     "unfit": "nothing for now: waits for the first answer of the own NFS service",
 }

@@ -25,6 +25,7 @@ from nfsha.core.model import (
     RenewAddress,
     RenewService,
     SendHeartbeat,
+    StopReceivers,
     Survey,
     TakeToken,
 )
@@ -35,6 +36,7 @@ PERSIST_RETRY_MS = 1000
 TOKEN_RETRY_MS = 1000
 FENCE_RETRY_MS = 10_000
 RECORD_EVERY_MS = 10_000
+RECEIVERS_RETRY_MS = 1000
 
 
 def all_duties(state: State, orders: Orders, now_ms: int) -> None:
@@ -47,6 +49,7 @@ def all_duties(state: State, orders: Orders, now_ms: int) -> None:
         renew(state, orders, now_ms)
     elif state.address_held and state.phase is not Phase.STARTING:
         remove_leftover(state, orders, now_ms)
+    end_receivers(state, orders, now_ms)
     survey(state, orders, now_ms)
     ask_witness(state, orders, now_ms)
     prove(state, orders, now_ms)
@@ -134,6 +137,15 @@ def remove_leftover(state: State, orders: Orders, now_ms: int) -> None:
     if now_ms - state.address_removed_ms >= state.config.timings.renew_every_ms:
         orders.order(RemoveAddress())
         state.address_removed_ms = now_ms
+
+
+def end_receivers(state: State, orders: Orders, now_ms: int) -> None:
+    """Tries again to end a process that could not be ended: until then this node is in FAULT."""
+    if not state.receivers_stuck or orders.in_flight("receivers"):
+        return
+    if now_ms - state.receivers_tried_ms >= RECEIVERS_RETRY_MS:
+        orders.order(StopReceivers())
+        state.receivers_tried_ms = now_ms
 
 
 def survey(state: State, orders: Orders, now_ms: int) -> None:
@@ -307,6 +319,7 @@ def _datagram(state: State) -> Datagram:
         takeover_after_ms=timings.takeover_after_ms,
         address_lease_ms=timings.address_lease_ms,
         absence_ms=timings.absence_ms if absent else 0,
+        known_number=lease.known_number(state),
     )
 
 

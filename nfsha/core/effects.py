@@ -19,6 +19,7 @@ from nfsha.core.model import (
     OpenService,
     RemoveAddress,
     RenewAddress,
+    StopReceivers,
     TakeToken,
 )
 from nfsha.core.orders import Orders
@@ -34,8 +35,9 @@ def new_epoch(state: State) -> Epoch:
     The id is derived from the session, which is random and new at each start; a number rises within
     a session, so the same id never comes twice.
     """
-    known = lease.higher_epoch(state)
-    number = max(state.epoch_number, known.number if known else 0) + 1
+    theirs = state.report.known_number if state.report is not None else 0
+    higher = lease.higher_epoch(state)
+    number = max(lease.known_number(state), higher.number if higher else 0, theirs) + 1
     if state.want.epoch is not None:
         number = max(number, state.want.epoch.number + 1)
     seed = f"{state.me}:{state.session}:{number}".encode()
@@ -104,10 +106,13 @@ def enter_passive(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def begin_takeover(state: State, orders: Orders, now_ms: int) -> None:
-    """Stops echoing, and touches the token where there is one."""
+    """Stops echoing and receiving, and touches the token where there is one."""
     state.withhold_since_ms = None
     state.send_soon = True
     state.fence_failed_ms = NEVER_MS
+    if state.config.replication:
+        state.receivers_stopped = False
+        orders.order(StopReceivers())
     if state.config.has_token:
         orders.order(TakeToken())
         state.token_tried_ms = now_ms
@@ -192,7 +197,7 @@ def enter_maintenance(state: State, orders: Orders, now_ms: int) -> None:
     state.maintenance_serving = state.serving
     state.withhold_since_ms = None
     state.journal(maintenance=True)
-    if not state.is_authority:
+    if _may_promise(state):
         state.journal(promise=True)
 
 
@@ -240,8 +245,14 @@ def _promise_and_wait(state: State, now_ms: int) -> None:
     state.stop_by_ms = now_ms + STOP_WAIT_MS
     state.withhold_since_ms = None
     state.send_soon = True
-    if not state.is_authority and state.epoch is not None and not state.commit_ordered:
+    if state.epoch is not None and not state.commit_ordered and _may_promise(state):
         state.journal(promise=True)
+
+
+def _may_promise(state: State) -> bool:
+    """Not an authority; nor one that knows of newer data than the peer would then serve."""
+    behind = lease.known_number(state) > state.epoch_number
+    return not state.is_authority and not behind and state.volumes_seen
 
 
 def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:

@@ -64,6 +64,9 @@ def begin(
     state.address_held = address_held
     if address_held:
         state.leftover = ("address", "service") if config.service_lease else ("address",)
+    # Until somebody has looked, a volume may bear a stamp: a node is blank only by a look.
+    state.stamped = config.replication
+    state.volumes_seen = not config.replication
     state.last_turn_ms = now_ms
     state.chain_since_ms = now_ms
     state.adopted = (
@@ -113,6 +116,8 @@ def _overdue(state: State, now_ms: int) -> None:
             absorb(model.PersistFailed(reason), state, now_ms)
         elif slot in ("address", "service"):
             absorb(model.LeaseLost(slot, reason), state, now_ms)
+        elif slot == "receivers":
+            absorb(model.ReceiversStopped(ok=False, detail=reason), state, now_ms)
         elif slot == "fence":
             absorb(model.FenceReported(off=False, detail="no end within its time"), state, now_ms)
 

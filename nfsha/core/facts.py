@@ -14,6 +14,7 @@ from nfsha.core.model import (
     NEVER_MS,
     Datagram,
     Echo,
+    Epoch,
     Phase,
     PromiseState,
 )
@@ -210,8 +211,7 @@ def _(what: model.TokenAcked, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.RecordRead, state: State, now_ms: int) -> None:
-    if state.record_epoch is None or what.epoch.number > state.record_epoch.number:
-        state.record_epoch = what.epoch
+    _take_record(state, what.epoch)
 
 
 @absorb.register
@@ -234,9 +234,15 @@ def _(what: model.FitChanged, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.ReplicaChanged, state: State, now_ms: int) -> None:
-    state.whole = what.whole
-    state.whole_reason = what.reason
+    state.replica_whole = what.whole
+    state.replica_epoch = what.epoch
+    state.replica_reason = what.reason
     state.stamped = what.stamped
+    state.volumes_seen = True
+    # A stamp is written after the journal. One above it means that the system disk was restored:
+    # like the authority record, it can only forbid.
+    if what.newest_stamp is not None:
+        _take_record(state, what.newest_stamp)
 
 
 @absorb.register
@@ -266,6 +272,11 @@ def _(what: model.VipClaimed, state: State, now_ms: int) -> None:
         state.claimed_ms = now_ms
         state.count("vip_claimed")
         state.announced_ms = NEVER_MS
+
+
+def _take_record(state: State, epoch: Epoch) -> None:
+    if state.record_epoch is None or epoch.number > state.record_epoch.number:
+        state.record_epoch = epoch
 
 
 def _with(repair: str, lock: str) -> str:
@@ -303,6 +314,12 @@ def _(what: model.Surveyed, state: State, now_ms: int) -> None:
         state.vip_answered_since_ms = None
     elif state.vip_answered_since_ms is None:
         state.vip_answered_since_ms = what.started_ms
+
+
+@absorb.register
+def _(what: model.ReceiversStopped, state: State, now_ms: int) -> None:
+    state.receivers_stopped = what.ok
+    state.receivers_stuck = "" if what.ok else what.detail
 
 
 @absorb.register

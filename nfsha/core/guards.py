@@ -71,6 +71,7 @@ class Guard(StrEnum):
     SERVES = "serves"
     PEER_HEARD = "peer-heard"
     PROMISED = "promised"
+    NOT_WHOLE = "not-whole"
     NO_PEER_PROMISE = "no-peer-promise"
     NOT_KEPT_HERE = "not-kept-here"
     NOT_DIVERGED = "not-diverged"
@@ -195,13 +196,21 @@ def takeover(state: State, now_ms: int) -> Guard:
     if state.stopping:
         return Guard.STOPPING
     epoch = _epoch_guard(state)
-    if epoch is not None:
+    if epoch is not None and not _operator_knows(state):
         return epoch
     if state.fit is False:
         return Guard.UNFIT
     if lease.peer_serves(state, now_ms):
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.PEER_SERVES
     return _takeover_gathering(state, now_ms)
+
+
+def _operator_knows(state: State) -> bool:
+    """The higher epoch is one of this node's own that its journal lost: who else could end that?"""
+    if lease.conflicting_epoch(state) is not None:
+        return False
+    higher = lease.higher_epoch(state)
+    return state.by_operator and higher is not None and higher.authority is state.me
 
 
 def _takeover_gathering(state: State, now_ms: int) -> Guard:
@@ -211,7 +220,7 @@ def _takeover_gathering(state: State, now_ms: int) -> Guard:
         return Guard.CONDITIONS_LOST
     if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS:
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.GATHERED_TOO_LONG
-    if ready and lease.exclusive(state, now_ms):
+    if ready and state.receivers_stopped and lease.exclusive(state, now_ms):
         return Guard.EXCLUSIVE
     return Guard.GATHERING
 
@@ -405,6 +414,8 @@ def _on_activate(state: State, command: Command, now_ms: int) -> Guard:
     heard = lease.peer_heard(state, now_ms)
     if state.durable.promise and not heard and not command.force:
         return Guard.PROMISED
+    if not state.whole and not command.force:
+        return Guard.NOT_WHOLE
     return Guard.ALLOWED
 
 

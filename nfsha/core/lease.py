@@ -217,19 +217,28 @@ def takeover_obstacle(state: State) -> str:
     return ""
 
 
+def known_number(state: State) -> int:
+    """The highest epoch number known here: journaled, recorded, or on a volume's stamp."""
+    record = state.record_epoch
+    return max(state.epoch_number, record.number if record is not None else 0)
+
+
 def peer_is_behind(state: State) -> bool:
     """The peer's epoch is below one that this node knows, be it only from the authority record."""
     theirs = state.report.epoch if state.report is not None else None
-    record = state.record_epoch
-    known = max(state.epoch_number, record.number if record is not None else 0)
-    return theirs is not None and theirs.number < known
+    return theirs is not None and theirs.number < known_number(state)
 
 
 def grants(state: State) -> bool:
-    """Does the echo in this node's next datagram grant anything?"""
+    """Does the echo in this node's next datagram grant anything?
+
+    Not before the stamps are known: a node whose journal was restored would grant the service to
+    older data than lies on its own volumes.
+    """
     return (
         state.phase not in NO_EVIDENCE_PHASES
         and not state.serving
         and not peer_is_behind(state)
+        and state.volumes_seen
         and state.withhold_since_ms is None
     )

@@ -166,6 +166,9 @@ class Datagram:
     address_lease_ms: int
     absence_ms: int
     """Announced absence of a planned restart; 0 when none."""
+    known_number: int = 0
+    """The highest epoch number that the sender knows of, be it only from the authority record or
+    a volume's stamp: a new epoch must lie above it."""
 
 
 MAX_PENDING = 4
@@ -234,11 +237,17 @@ class FitChanged:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaChanged:
-    """Is this node a whole replica of the journaled epoch (takeover condition 2), and why not."""
+    """Is this node a whole replica of `epoch` (takeover condition 2), and why not.
+
+    It counts only while `epoch` is the journaled one. `stamped`: a volume here bears a stamp;
+    `newest_stamp` is the highest of them.
+    """
 
     whole: bool
     reason: str = ""
     stamped: bool = False
+    epoch: Epoch | None = None
+    newest_stamp: Epoch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +302,14 @@ class Surveyed:
     ended_ms: int
     answered_by: str | None
     heard_other: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiversStopped:
+    """No process of this node receives data any more, or one cannot be ended (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +370,7 @@ Result = (
     Persisted
     | PersistFailed
     | Surveyed
+    | ReceiversStopped
     | LeaseLost
     | LeaseHeld
     | AddressChanged
@@ -478,6 +496,11 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True)
+class StopReceivers:
+    """Kills every process that receives data, and proves it gone: `ReceiversStopped` (I3)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """The daemon may end now; nothing of the core runs after it."""
 
@@ -501,6 +524,7 @@ Action = (
     | DropToken
     | PublishRecord
     | Fence
+    | StopReceivers
     | Exit
 )
 

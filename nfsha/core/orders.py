@@ -20,6 +20,7 @@ SLOTS: dict[type, tuple[str, int]] = {
     model.Survey: ("survey", 2000),
     model.TakeToken: ("token", 5000),
     model.Fence: ("fence", 60_000),
+    model.StopReceivers: ("receivers", 10_000),
 }
 """Slot and longest time in flight, in milliseconds, of each action that has a result."""
 
@@ -27,6 +28,7 @@ OVERDUE: dict[str, str] = {
     "persist": "the disk gave no answer within 5 s",
     "address": "the kernel gave no answer about the address within 2 s",
     "service": "the firewall gave no answer within 2 s",
+    "receivers": "the receiving processes were not gone within 10 s",
 }
 
 

@@ -117,9 +117,18 @@ class State:
     # the world
     service_fit: bool | None = None
     service_reason: str = "not checked yet"
-    whole: bool = True
-    whole_reason: str = ""
+    replica_whole: bool = False
+    replica_epoch: Epoch | None = None
+    """The epoch that `replica_whole` was found for."""
+    replica_reason: str = "the volumes were not looked at yet"
     stamped: bool = False
+    volumes_seen: bool = True
+    """The stamps of this node's volumes are known, or nobody uses them."""
+    receivers_stopped: bool = True
+    """Nothing receives data, as far as a takeover asked for it."""
+    receivers_stuck: str = ""
+    """Why a receiving process cannot be ended."""
+    receivers_tried_ms: int = NEVER_MS
     carrier: bool = True
     address_held: bool = False
     leftover: tuple[str, ...] = ()
@@ -221,13 +230,32 @@ class State:
         )
 
     @property
+    def whole(self) -> bool:
+        """This node's data may be served as that of the journaled epoch.
+
+        An authority's own data is the truth. Where somebody else replicates, it is taken as given.
+        """
+        if not self.config.replication or self.is_authority:
+            return True
+        return self.replica_whole and self.replica_epoch == self.durable.epoch
+
+    @property
+    def whole_reason(self) -> str:
+        """Why this node is not whole."""
+        if self.replica_whole and self.replica_epoch != self.durable.epoch:
+            return "the volumes hold the data of another epoch"
+        return self.replica_reason
+
+    @property
     def fit(self) -> bool | None:
         """Own service, storage and the VIP's carrier: sound, broken, or not known yet (None)."""
-        return self.service_fit if self.carrier else False
+        return self.service_fit if self.carrier and not self.receivers_stuck else False
 
     @property
     def fitness_reason(self) -> str:
         """Why `fit` is as it is."""
+        if self.receivers_stuck:
+            return f"a receiving process cannot be ended: {self.receivers_stuck}"
         return self.service_reason if self.carrier else "the VIP's interface has no carrier"
 
     @property

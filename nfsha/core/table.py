@@ -308,6 +308,9 @@ _COMMANDS = (
     _refuse("C16", C.ACTIVATE, G.PROMISED,
             "this node promised the peer not to take over, and the peer is not heard: it may serve "
             "on that promise. Make sure that it is off, then repeat with --force"),
+    _refuse("C18", C.ACTIVATE, G.NOT_WHOLE,
+            "this node is not a whole replica: writes that the other node acknowledged are missing "
+            "here (see `nfsha volumes`). If that one is gone for good, repeat with --force"),
     _refuse("C17", C.ACTIVATE, G.SETTLING, "the daemon is still starting: repeat in a moment",
             (P.STARTING,)),
     _accept("C20", (*_RESTS, P.ACTIVE), C.MAINTENANCE_ON, E.enter_maintenance, P.MAINTENANCE,

@@ -30,7 +30,7 @@ from typing import TypeVar
 from nfsha.core.model import MAX_PENDING, Datagram, Echo, Epoch, Phase, PromiseState, Role
 from nfsha.peer.keys import HINT_BYTES, KeyRing
 
-VERSION = 1
+VERSION = 2
 """Version of the payload. A change of the layout or of a code below takes the next number."""
 
 MAX_BYTES = 1400
@@ -58,8 +58,9 @@ _ENVELOPE = struct.Struct(f"!4sBB{HINT_BYTES}s")
 _SEAL_BYTES = 32
 _HASH = "sha256"
 
-# flags, phase, promise, pending; session, seq; echo; epoch's number, id, authority; five timings
-_BODY = struct.Struct("!HBBB QQ QQ Q8sB 5I")
+# flags, phase, promise, pending; session, seq; echo; epoch's number, id, authority; highest epoch
+# number known; five timings
+_BODY = struct.Struct("!HBBB QQ QQ Q8sB Q 5I")
 _ECHO = struct.Struct("!QQ")
 
 # session, peer_session, counter; have, digest; pages, number
@@ -323,6 +324,7 @@ def encode(datagram: Datagram) -> bytes:
             datagram.seq,
             *(_NO_ECHO if echo is None else (echo.session, echo.seq)),
             *(_NO_EPOCH if epoch is None else _epoch_fields(epoch)),
+            datagram.known_number,
             datagram.interval_ms,
             datagram.hold_ms,
             datagram.takeover_after_ms,
@@ -350,6 +352,7 @@ def decode(role: Role, payload: bytes) -> Datagram:
         epoch_number,
         epoch_id,
         authority_code,
+        known_number,
         *timings_ms,
     ) = _BODY.unpack_from(payload)
     if flags & ~_KNOWN_FLAGS:
@@ -380,6 +383,7 @@ def decode(role: Role, payload: bytes) -> Datagram:
         takeover_after_ms=takeover_after_ms,
         address_lease_ms=address_lease_ms,
         absence_ms=absence_ms,
+        known_number=known_number,
     )
 
 

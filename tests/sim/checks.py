@@ -165,6 +165,30 @@ class Checks:
         if journal is None or journal.epoch is None or journal.epoch.authority is not node.role:
             self.fail("I6", f"{node.role} does {action}, its disk says {journal}")
 
+    # ------------------------------------------------------------- I3, I4, takeover condition 2
+
+    def nothing_destroyed(self, gone: list[int]) -> None:
+        """I4: what went from one node's volumes is on a node, or in a quarantine."""
+        for number in gone:
+            if not any(
+                number in node.volumes.holds or number in node.volumes.quarantined
+                for node in self._world.nodes.values()
+            ):
+                self.fail("I4", f"the acknowledged write {number} is nowhere any more")
+
+    def takes_over_whole(self, node: Node) -> None:
+        """Condition 2: by itself a node takes over only as a whole replica of its epoch."""
+        engine = node.engine
+        if not self._world.config.replication or engine is None or engine.state.by_operator:
+            return
+        epoch = node.shown_epoch()
+        volumes = node.volumes
+        if volumes.receiving is not None:
+            self.fail("I3", f"{node.role} commits while it receives")
+        own = epoch is not None and epoch.authority is node.role
+        if not own and (volumes.tainted or volumes.stamp != epoch):
+            self.fail("whole", f"{node.role} takes over with {volumes.stamp}, journal {epoch}")
+
     # ------------------------------------------------------------- I10
 
     def replay(self, node: Node, what: model.Heard) -> None:

@@ -31,6 +31,7 @@ from nfsha.core.model import (
 from tests.sim.arbiters import Broker, Connection
 from tests.sim.disk import Disk
 from tests.sim.kernel import AddressDriver, Kernel, ServiceDriver
+from tests.sim.replica import Volumes
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -73,6 +74,7 @@ class Node:
         self.stopped = False
         self.engine: Engine | None = None
         self.disk = Disk(self)
+        self.volumes = Volumes(self)
         self.kernel = Kernel(self)
         self.address = AddressDriver(self)
         self.service = ServiceDriver(self, has_lease=world.config.service_lease)
@@ -219,6 +221,7 @@ class Node:
             exclusivity=config.exclusivity,
             service_lease=config.service_lease,
             start_alone_after_ms=config.start_alone_after_ms,
+            replication=config.replication,
         )
         held = self.kernel.address_held()
         self.address = AddressDriver(self)
@@ -243,6 +246,7 @@ class Node:
         if broker is not None and broker.record is not None and broker.reaches(self.role):
             self._inbox.append(model.RecordRead(broker.record.epoch))
         self._schedule(50)
+        self.volumes.daemon_started()
         if held:
             self.watch_address()
 
@@ -277,6 +281,7 @@ class Node:
         self.engine = None
         self.stopped = False
         self._inbox = []
+        self.volumes.daemon_ended()
         self._turn_at_us = None
         self._calls.clear()
         self._calling = False
@@ -349,6 +354,8 @@ class Node:
             if awaited is None or awaited.number != self.fencing:
                 self.fencing = None
         if self.life == life:
+            self.volumes.turn()
+        if self.life == life:
             wake_us = self.world_us(engine.wake_at_ms() * 1000) - world.now_us
             self._schedule(max(wake_us, 0) + 20 + int(world.random.random() * 300))
 
@@ -401,6 +408,8 @@ class Node:
                 self._do_token(numbered.number, action)
             case model.Fence():
                 world.fence.off(self, numbered.number)
+            case model.StopReceivers():
+                self.volumes.stop_receivers(numbered.number)
             case model.Announce():
                 other = world.nodes[self.role.other]
                 if (0, self.role) not in world.network.cut:

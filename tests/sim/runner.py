@@ -56,7 +56,7 @@ def make_world(seed: int) -> World:
     rates = (0, 0)
     if chance.random() < 0.6:
         rates = (chance.randrange(-10_000, 10_001), chance.randrange(-10_000, 10_001))
-    config = WorldConfig(exclusivity, timings, service_lease)
+    config = WorldConfig(exclusivity, timings, service_lease, replication=chance.random() < 0.5)
     return World(seed, config, rates=rates)
 
 
@@ -132,9 +132,10 @@ def _operator_helps(world: World) -> str:
         world.nodes[keep].command(CommandKind.RESOLVE, keep=keep)
         return "resolve"
     # W91 beside R92: the lost journal's epoch is known from the broker's record, and is the higher.
-    if shown <= {"W91", "W97", "R92", "R93"} and journals_lost:
+    # R91 beside R92: one has older data, the other one's journal is lost.
+    if shown <= {"W91", "W97", "R91", "R92", "R93"} and journals_lost:
         node = world.random.choice(list(world.nodes.values()))
-        node.command(CommandKind.ACTIVATE)
+        node.command(CommandKind.ACTIVATE, force=world.config.replication)
         return "activate"
     world.checks.fail(
         "convergence", f"nobody serves {_waited_s(world)} s after all is well: {rows}"
@@ -171,7 +172,8 @@ def trace(world: World, outcome: Outcome) -> str:
     lines = [
         f"seed {outcome.seed}: {config.exclusivity}, "
         f"{timings.interval_ms}/{timings.hold_ms}/{timings.takeover_after_ms} ms, "
-        f"{'service lease' if config.service_lease else 'no service lease'}, clocks {rates}",
+        f"{'service lease' if config.service_lease else 'no service lease'}, "
+        f"{'replication' if config.replication else 'no replication'}, clocks {rates}",
         f"faults: {', '.join(outcome.faults)}",
     ]
     lines += [f"{at_us / SECOND_US:10.4f} {what}" for at_us, what in world.log]

@@ -22,6 +22,8 @@ SECOND_US = 1_000_000
 LOG_MAX = 20_000
 CLIENT_EVERY_US = 250_000
 WRITES_KEPT = 10_000
+RECEIVERS_GONE_MS = 50
+"""How long it may take until a killed receiver is proved gone."""
 
 DEFAULT = Timings()
 FAST = Timings(interval_ms=50, hold_ms=300, takeover_after_ms=450, margin_ms=50)
@@ -35,6 +37,7 @@ class WorldConfig:
     timings: Timings = DEFAULT
     service_lease: bool = True
     start_alone_after_ms: int | None = None
+    replication: bool = False
 
     @property
     def has_token(self) -> bool:
@@ -89,6 +92,7 @@ class World:
         self.healed = False
         self.reigns: list[Reign] = []
         self.writes: list[Write] = []
+        self.written = 0
         self._queue: list[tuple[int, int, Callable[..., object], tuple[Any, ...]]] = []
         self._number = 0
         self._commands = 0
@@ -149,6 +153,8 @@ class World:
         self.tally.rows[fired.row] += 1
         if fired.to is Phase.ACTIVE and fired.phase is Phase.TAKEOVER:
             self.tally.takeovers += 1
+        if fired.row == "T10":
+            self.checks.takes_over_whole(node)
         arrow = f"{fired.phase} -> {fired.to}" if fired.to is not fired.phase else fired.phase
         self.note(f"{node.role} {fired.row} {arrow}: {fired.why} [{fired.detail}]")
 
@@ -173,6 +179,8 @@ class World:
         for node in served_by:
             epoch = node.disk.journal.epoch if node.disk.journal is not None else None
             self.writes.append(Write(self.now_us, node.role, epoch.id if epoch else ""))
+            self.written += 1
+            node.volumes.holds.add(self.written)
         del self.writes[:-WRITES_KEPT]
         self.at(CLIENT_EVERY_US, self._client_writes)
 
@@ -214,6 +222,8 @@ class World:
         """I9: from the loss of the active machine to the served VIP (DESIGN 4, Bounds)."""
         timings = self.config.timings
         slack_ms = 100 + timings.takeover_after_ms // 50
+        if self.config.replication:
+            slack_ms += RECEIVERS_GONE_MS
         bound_ms = timings.takeover_after_ms + slack_ms
         if self.config.has_token:
             return bound_ms + timings.hold_ms + timings.margin_ms
@@ -231,6 +241,7 @@ class World:
         ready = (
             state.phase is Phase.PASSIVE
             and state.fit is True
+            and state.whole
             and not state.want.promise
             and not state.durable.promise
             and not state.stopping

@@ -419,10 +419,11 @@ def test_replication_that_is_on() -> None:
     pair = situations.settled()
     state = pair.standby.state
     state.config = replace(state.config, replication=True)
+    state.replica_whole, state.replica_epoch, state.replica_reason = True, state.epoch, ""
     facts = situation(state, pair.now_ms)
     assert facts["replication"] == {"mode": "on", "whole": True, "text": "a whole replica"}
     assert condition(facts, 2) == (True, "whole")
-    state.whole, state.whole_reason = False, "volume data: never synced"
+    state.replica_whole, state.replica_reason = False, "volume data: never synced"
     facts = situation(state, pair.now_ms)
     assert facts["replication"]["text"].endswith("volume data: never synced")  # type: ignore[index]
     assert condition(facts, 2) == (False, "volume data: never synced")

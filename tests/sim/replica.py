@@ -1,0 +1,204 @@
+"""A node's volumes: who wrote what there, whose data it is by its stamp, and the receiver.
+
+The data is the set of numbered client writes. A pass takes the source's set as it was at its start
+and lands in two parts, so that one that is killed leaves half of it. What a resync would destroy
+goes to quarantine, as the real one does. The volumes survive the loss of the system disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nfsha.core.model import Completed, Epoch, ReceiversStopped, ReplicaChanged
+from nfsha.core.replication import Fetch, Offer, flow
+
+if TYPE_CHECKING:
+    from tests.sim.node import Node
+
+LINK = 1
+"""The path that the data takes."""
+
+PAUSE_US = 700_000
+"""Between two passes."""
+
+
+class Volumes:
+    """One node's data, and the process that receives some."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._world = node.world
+        self.holds: set[int] = set()
+        self.quarantined: set[int] = set()
+        self.stamp: Epoch | None = None
+        self.tainted = False
+        self.receiving: Epoch | None = None
+        """The epoch whose data a process of this node writes into the volumes now."""
+        self._pass = 0
+        self._snapshot: set[int] = set()
+        self._resync = False
+        self._source_life = 0
+        self._looked = False
+        self._told: ReplicaChanged | None = None
+        self._next_us = 0
+
+    # ------------------------------------------------------------- the daemon's side
+
+    def daemon_started(self) -> None:
+        """A new daemon looks at the volumes a moment later."""
+        self._looked = False
+        self._told = None
+        self._world.at(self._world.random.randrange(1_000, 400_000), self._look, self._node.life)
+
+    def daemon_ended(self) -> None:
+        """Its children die with it, at once; or the machine is off."""
+        self._stop()
+
+    def _look(self, life: int) -> None:
+        if life == self._node.life:
+            self._looked = True
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells the engine what the volumes are, when that changed."""
+        engine = self._node.engine
+        if engine is None or not self._looked:
+            return
+        epoch = engine.state.durable.epoch
+        whole = self.stamp is not None and self.stamp == epoch and not self.tainted
+        why = "" if whole else "as the stamp says"
+        found = ReplicaChanged(whole, why, self.stamped, epoch, self.stamp)
+        if found != self._told:
+            self._told = found
+            self._node.take(found)
+
+    @property
+    def stamped(self) -> bool:
+        """Does a volume bear a stamp?"""
+        return self.stamp is not None
+
+    def turn(self) -> None:
+        """After a turn of the engine: data flows as the state says."""
+        engine = self._node.engine
+        if engine is None:
+            return
+        way = flow(engine.state, self._node.local_ms())
+        if isinstance(way, Offer):
+            self.stamp, self.tainted = way.epoch, False
+        if not isinstance(way, Fetch) or way.epoch != self.receiving:
+            self._kill_soon()
+        if isinstance(way, Fetch) and way.start and self._looked:
+            self._begin(way.epoch)
+        self.tell()
+
+    def stop_receivers(self, number: int) -> None:
+        """The action: kills, waits, and says that all are gone."""
+        delay_us = self._kill_us() if self.receiving is not None else 500
+        self._world.at(delay_us, self._stopped, self._node.life, number)
+
+    def _stopped(self, life: int, number: int) -> None:
+        if life != self._node.life:
+            return
+        if not self._node.runs():
+            self._world.at(50_000, self._stopped, life, number)
+            return
+        self._stop()
+        self._node.take(Completed(number, ReceiversStopped(ok=True)))
+
+    def _kill_soon(self) -> None:
+        if self.receiving is not None:
+            self._world.at(self._kill_us(), self._killed, self._pass)
+
+    def _kill_us(self) -> int:
+        """A kill is quick, but for a process that waits for its disk."""
+        random = self._world.random
+        if random.random() < 0.05:
+            self._world.fired("receiver-stuck")
+            self._world.disturb()
+            return random.randrange(100_000, 15_000_000)
+        return random.randrange(500, 40_000)
+
+    def _killed(self, number: int) -> None:
+        if number == self._pass:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.receiving is not None:
+            self._world.fired("receiver-killed")
+        self.receiving = None
+        self._pass += 1
+
+    # ------------------------------------------------------------- a pass
+
+    def _begin(self, epoch: Epoch) -> None:
+        world = self._world
+        if self.receiving is not None or world.now_us < self._next_us:
+            return
+        stamp = self.stamp
+        if stamp is not None and stamp.number >= epoch.number and stamp != epoch:
+            return  # newer data, or another history: nothing may be written over it
+        source = world.nodes[self._node.role.other]
+        if not self._reaches(source, epoch):
+            self._next_us = world.now_us + PAUSE_US
+            return
+        self._pass += 1
+        self.receiving = epoch
+        self._resync = stamp != epoch
+        self._snapshot = set(source.volumes.holds)
+        if self._resync:
+            self.tainted = True
+        world.at(world.random.randrange(50_000, 900_000), self._half, self._pass)
+
+    def _reaches(self, source: Node, epoch: Epoch) -> bool:
+        """Is the source's rsync daemon there, with this epoch's secret?"""
+        cut = self._world.network.cut
+        if (LINK, source.role) in cut or (LINK, self._node.role) in cut:
+            return False
+        engine = source.engine
+        if engine is None or not source.powered or source.frozen:
+            return False
+        way = flow(engine.state, source.local_ms())
+        return isinstance(way, Offer) and way.epoch == epoch
+
+    def _half(self, number: int) -> None:
+        """Half of what differs has landed."""
+        if not self._goes_on(number, self._half):
+            return
+        gone = sorted(self.holds - self._snapshot)[::2]
+        came = sorted(self._snapshot - self.holds)[::2]
+        self._write(gone, came)
+        world = self._world
+        world.at(world.random.randrange(50_000, 900_000), self._end, number)
+
+    def _end(self, number: int) -> None:
+        if not self._goes_on(number, self._end):
+            return
+        epoch = self.receiving
+        source = self._world.nodes[self._node.role.other]
+        if epoch is None or not self._reaches(source, epoch):
+            self._stop()  # cut off before the end: it reports a broken stream, and begins anew
+            return
+        self._write(sorted(self.holds - self._snapshot), sorted(self._snapshot - self.holds))
+        self.stamp, self.tainted = epoch, False
+        self.receiving = None
+        self._next_us = self._world.now_us + PAUSE_US
+        self._world.fired("resync" if self._resync else "sync")
+        self.tell()
+
+    def _goes_on(self, number: int, again: object) -> bool:
+        """The receiver is a process of its own: it goes on beside a stopped daemon."""
+        if number != self._pass or self.receiving is None or not self._node.powered:
+            return False
+        if self._node.frozen:
+            self._world.at(100_000, again, number)  # type: ignore[arg-type]
+            return False
+        return True
+
+    def _write(self, gone: list[int], came: list[int]) -> None:
+        if self._node.accepts():
+            self._world.checks.fail("I3", f"{self._node.role} receives data while it serves")
+        self.holds.difference_update(gone)
+        self.holds.update(came)
+        if self._resync:
+            self.quarantined.update(gone)
+        self._world.checks.nothing_destroyed(gone)
