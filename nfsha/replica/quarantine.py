@@ -34,6 +34,7 @@ from typing import Any, Final
 from nfsha.core.model import Epoch, Role
 from nfsha.replica import beneath
 from nfsha.replica.beneath import shown
+from nfsha.replica.durable import read_small_at, write_durably_at
 
 STORE: Final = ".nfsha-quarantine"
 MAX_ENTRIES: Final = 10_000
@@ -43,7 +44,6 @@ MAX_REFUSALS: Final = 100
 _OWN: Final = b".nfsha-"
 _VERSION: Final = 1
 _RECORD: Final = "entry.json"
-_RECORD_NEW: Final = "entry.json.new"
 _MAX_RECORD_BYTES: Final = 64 << 10
 _MAX_TEXT: Final = 2000
 _TREE: Final = b"tree"
@@ -654,17 +654,13 @@ def _read_entry(store: int, name: str) -> Entry | None:
 
 
 def _read_record(folder: int) -> bytes:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    """Nothing where there is none, or where something stands in its place that is none."""
     try:
-        fd = os.open(_RECORD, flags, dir_fd=folder)
+        return read_small_at(folder, _RECORD, _MAX_RECORD_BYTES)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG):
             return b""
         raise
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return b""
-        return file.read(_MAX_RECORD_BYTES + 1)
 
 
 def _write_record(folder: int, entry: Entry) -> None:
@@ -672,15 +668,7 @@ def _write_record(folder: int, entry: Entry) -> None:
     document = asdict(entry)
     del document["trouble"]
     data = json.dumps({"nfsha_quarantine": _VERSION, **document}, indent=1).encode() + b"\n"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(_RECORD_NEW, dir_fd=folder)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(_RECORD_NEW, flags, 0o600, dir_fd=folder), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(_RECORD_NEW, _RECORD, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)
+    write_durably_at(folder, _RECORD, data, mode=0o600)
 
 
 def _decode_record(name: str, data: bytes) -> Entry:
@@ -691,7 +679,7 @@ def _decode_record(name: str, data: bytes) -> Entry:
     created_ns = (int((when - _OLDEST).total_seconds()) * 1000 + int(matched[2])) * 1_000_000
     blank = Entry(name, matched[3], "", created_ns, None, "", "", complete=False)
     if not data:
-        return replace(blank, trouble="it has no record: it was cut when it began")
+        return replace(blank, trouble="it has no record: cut when it began, or altered")
     try:
         document = json.loads(data)
         if not isinstance(document, dict):
