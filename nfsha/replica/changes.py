@@ -1,0 +1,395 @@
+"""The change journal: which folders of a volume changed, so that a pass costs what changed.
+
+It watches one mounted filesystem on the active node and tells the passive one. It never guesses: as
+soon as it cannot vouch for its list it says so, and from which sequence number on, and the other
+side walks the whole volume. It copies nothing and writes nothing on the volume.
+
+Between two calls it holds nothing open on the volume, so it does not keep it from being unmounted;
+that ends the journal, which then says so.
+
+Not seen, because the kernel tells nothing of it: writes through a memory mapping on this machine
+(none come by NFS), and POSIX ACLs set by knfsd before Linux 6.2. The slower full walk finds these.
+
+`collect`, `publish` and `start` block on the filesystem: call them in a thread. They may be called
+from several; one waits for the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from nfsha.replica import fanotify
+from nfsha.replica.durable import write_durably
+from nfsha.replica.handles import NotThereError, Tree, UnresolvedError
+from nfsha.replica.ledger import Counters, Ledger, WalkReason
+from nfsha.replica.published import (
+    ChangesError,
+    LastRun,
+    Published,
+    encode_published,
+    last_run_path,
+    read_last,
+    read_published,
+)
+
+__all__ = [
+    "ChangeJournal",
+    "ChangesError",
+    "Counters",
+    "LastRun",
+    "Published",
+    "WalkReason",
+    "read_last",
+    "read_published",
+]
+
+COLLECT_EVERY_MS = 1000
+"""How often to collect at rest: long enough for the kernel to make one of equal events."""
+
+COLLECT_BUSY_MS = 100
+"""How often while so many events come that a second of them could fill the queue (16,384)."""
+
+MAX_COLLECT_BYTES = 8 << 20
+"""The most that one `collect` takes, about 90,000 events."""
+
+_BUSY_EVENTS = 3000
+_MAX_DRAIN_BYTES = 1 << 30  # one publish, and only what waited when it began
+_MAX_ENTRIES = 5_000_000
+_CLOCK_SLACK_MS = 250  # a slewed clock is no stepped clock: chrony slews by 8 % at most
+_CLOCK_SLEW_DIVISOR = 10
+
+_log = logging.getLogger(__name__)
+
+
+class ChangeJournal:
+    """The journal of one mounted volume. See the module; nothing happens before `start`."""
+
+    def __init__(  # noqa: PLR0913 - plain values; the last three are bounds
+        self,
+        root: Path,
+        root_fd: int,
+        uuid: str,
+        folder: Path,
+        clock_ms: Callable[[], int],
+        wall_ns: Callable[[], int],
+        *,
+        max_folders: int = 50_000,
+        max_entries: int = _MAX_ENTRIES,
+        unlimited_queue: bool = False,
+    ) -> None:
+        """Takes the volume's root, open (for `start` only), and the durable folder for its notes.
+
+        clock_ms: CLOCK_BOOTTIME; wall_ns: CLOCK_REALTIME. max_folders: more changed folders than
+        that mean a full walk. max_entries: the most entries of folders that one publish looks at
+        (in moved folders, in search of names). unlimited_queue: let the kernel keep any number of
+        events, in this service's memory accounting, instead of `fs.fanotify.max_queued_events`.
+        """
+        self._root = root
+        self._root_fd = root_fd
+        self._uuid = uuid
+        self._folder = folder
+        self._notes = last_run_path(folder, uuid)
+        self._clock_ms = clock_ms
+        self._wall_ns = wall_ns
+        self._unlimited = unlimited_queue
+        self._lock = threading.Lock()
+        self._ledger = Ledger(str(root), clock_ms, max_folders=max_folders, max_entries=max_entries)
+        self._group: fanotify.Group | None = None
+        self._identity = (0, 0)
+        self._journal_id = secrets.token_hex(8)
+        self._acknowledged = 0
+        self._ended = ""
+        self._clocks: tuple[int, int] | None = None
+        self._as_of_ns = 0
+        self._again_ms = COLLECT_EVERY_MS
+        self._inherited: frozenset[bytes] = frozenset()
+        self._noted: tuple[object, ...] = ()
+
+    def start(self) -> None:
+        """Begins to watch; what the last run left unacknowledged stays in the notes.
+
+        ChangesError, in words, where the kernel, the filesystem or a capability does not allow it:
+        then every pass is a full walk. The root_fd is not used after this.
+        """
+        with self._lock:
+            self._inherit()
+            group = self._open_group()
+            try:
+                found = os.fstat(self._root_fd)
+                self._identity = (found.st_dev, found.st_ino)
+                self._mark(group)
+                self._prove_handles()
+            except BaseException:
+                os.close(group.fd)
+                raise
+            self._group = group
+
+    def fileno(self) -> int:
+        """The descriptor that is readable while events wait; ChangesError when it is not open."""
+        if self._group is None:
+            raise ChangesError(f"the change journal of {self._root} does not run")
+        return self._group.fd
+
+    def close(self) -> None:
+        """Ends it (also one that was never started); a later publish says that it ended. Idempotent."""
+        with self._lock:
+            self._end("it was closed")
+
+    @property
+    def journal_id(self) -> str:
+        """Random, new with each journal."""
+        return self._journal_id
+
+    @property
+    def ended(self) -> str:
+        """Why it watches no more (unmounted, closed), or ""; go on with a new one."""
+        return self._ended
+
+    @property
+    def collect_again_in_ms(self) -> int:
+        """When to call `collect` next: in a second, or soon while many events come."""
+        return self._again_ms
+
+    @property
+    def counters(self) -> Counters:
+        """A copy of the counters."""
+        with self._lock:
+            now = self._ledger.counters
+            return replace(now, folders=len(self._ledger), full_walks=dict(now.full_walks))
+
+    def collect(self) -> None:
+        """Takes the events that wait, at most `MAX_COLLECT_BYTES`. Does not raise."""
+        with self._lock:
+            self._look_at_clocks()
+            before = self._ledger.counters.events
+            self._with_tree(lambda tree: self._drain(tree, MAX_COLLECT_BYTES))
+            busy = self._ledger.counters.events - before > _BUSY_EVENTS
+            self._again_ms = COLLECT_BUSY_MS if busy else COLLECT_EVERY_MS
+
+    def publish(self, path: Path) -> Published:
+        """Takes all events, writes the notes (durably) and the list to `path` (atomically).
+
+        ChangesError when `path` cannot be written, and before `start`. A volume that is gone or
+        fails is no error: the list says that it cannot vouch. Notes that cannot be written are
+        counted and logged.
+        """
+        with self._lock:
+            if self._group is None and not self._ended:
+                raise ChangesError(f"the change journal of {self._root} was not started")
+            self._as_of_ns = self._look_at_clocks()
+            self._with_tree(self._bring_up_to_date)
+            published, data = self._list()
+            self._write_notes(published)
+            try:
+                _write(path, data)
+            except OSError as error:
+                raise ChangesError(f"cannot write {path}: {_words(error)}") from error
+            return published
+
+    def acknowledge(self, journal_id: str, seq: int) -> None:
+        """Forgets what the passive node has applied in a complete pass.
+
+        Nothing changes for another journal's id, or for a sequence number that cannot be.
+        """
+        with self._lock:
+            if journal_id == self._journal_id and self._acknowledged <= seq <= self._ledger.seq:
+                self._acknowledged = seq
+                self._inherited = frozenset()
+                self._ledger.forget(seq)
+
+    # ---- start and end
+
+    def _inherit(self) -> None:
+        try:
+            last = read_last(self._folder, self._uuid)
+        except ChangesError as error:
+            _log.warning("what the last run noted as changed is lost: %s", error)
+            return
+        if last is not None:
+            self._inherited = frozenset(path for path, _ in last.published.folders)
+
+    def _open_group(self) -> fanotify.Group:
+        try:
+            return fanotify.open_group(unlimited=self._unlimited)
+        except OSError as error:
+            raise ChangesError(f"cannot watch {self._root}: {_why_no_group(error)}") from error
+
+    def _mark(self, group: fanotify.Group) -> None:
+        try:
+            fanotify.mark_filesystem(group, self._root_fd)
+        except OSError as error:
+            raise ChangesError(f"cannot watch {self._root}: {_why_no_mark(error)}") from error
+
+    def _prove_handles(self) -> None:
+        try:
+            with Tree(self._root, *self._identity) as tree:
+                if tree.path_of(tree.root_handle) != b".":
+                    raise ChangesError(f"cannot watch {self._root}: its handle leads elsewhere")
+        except (NotThereError, UnresolvedError) as error:
+            raise ChangesError(f"cannot watch {self._root}: {error}") from error
+        except OSError as error:
+            raise ChangesError(f"cannot watch {self._root}: {_why_no_handle(error)}") from error
+
+    def _end(self, why: str) -> None:
+        if not self._ended:
+            self._ended = why
+            self._ledger.ask_walk(WalkReason.ENDED, f"the change journal ended: {why}")
+        if self._group is not None:
+            os.close(self._group.fd)
+            self._group = None
+
+    # ---- events
+
+    def _with_tree(self, work: Callable[[Tree], object]) -> None:
+        """Does work on the mounted volume; ends the journal when it is not there any more.
+
+        The mark is looked at after the work: as long as it is there nothing was missed before. It
+        is the only thing that tells an unmount with a new mount of the same filesystem.
+        """
+        if self._group is None:
+            return
+        try:
+            with Tree(self._root, *self._identity) as tree:
+                work(tree)
+            if not fanotify.is_marked(self._group):
+                self._end("the filesystem was unmounted")
+        except NotThereError as error:
+            self._end(str(error))
+        except (OSError, fanotify.EventFormatError) as error:
+            why = _words(error) if isinstance(error, OSError) else str(error)
+            self._ledger.ask_walk(WalkReason.TROUBLE, f"cannot look at {self._root}: {why}")
+
+    def _drain(self, tree: Tree, limit_bytes: int) -> None:
+        """Takes what waits, up to a limit. Equal events of one round are looked at once."""
+        if self._group is None:
+            return
+        events: dict[bytes, int] = {}
+        taken = 0
+        while taken < limit_bytes and (data := fanotify.read_events(self._group)):
+            taken += len(data)
+            self._ledger.counters.events += fanotify.merge_events(data, events)
+        if events:
+            self._ledger.digest(tree, events)
+
+    def _bring_up_to_date(self, tree: Tree) -> None:
+        """All that was queued when this begins is in the list when it ends."""
+        if self._group is None:
+            return
+        waiting = fanotify.queued_bytes(self._group)
+        if waiting > _MAX_DRAIN_BYTES:
+            raise OSError(errno.EOVERFLOW, f"{waiting} bytes of events wait")
+        for _ in range(0, waiting, MAX_COLLECT_BYTES):
+            self._drain(tree, MAX_COLLECT_BYTES)
+        self._ledger.settle(tree, lambda: self._drain(tree, MAX_COLLECT_BYTES))
+        self._ledger.list_folders(tree)
+
+    def _look_at_clocks(self) -> int:
+        """Reads both clocks, notices a step back, and returns the wall clock."""
+        wall_ns, now_ms = self._wall_ns(), self._clock_ms()
+        if self._clocks is not None:
+            wall_ms, boot_ms = (wall_ns - self._clocks[0]) // 1_000_000, now_ms - self._clocks[1]
+            slack_ms = _CLOCK_SLACK_MS + boot_ms // _CLOCK_SLEW_DIVISOR
+            if wall_ms < boot_ms - slack_ms or wall_ns < self._as_of_ns:
+                sentence = f"the wall clock stepped back by {boot_ms - wall_ms} ms"
+                self._ledger.ask_walk(WalkReason.CLOCK, sentence)
+        self._clocks = (wall_ns, now_ms)
+        return wall_ns
+
+    # ---- the list
+
+    def _list(self) -> tuple[Published, bytes]:
+        try:
+            published = self._published(self._ledger.listed())
+            return published, encode_published(published)
+        except ValueError as error:
+            self._ledger.drop_all()
+            self._ledger.ask_walk(WalkReason.TOO_MANY_FOLDERS, str(error))
+        published = self._published({})
+        return published, encode_published(published)
+
+    def _published(self, folders: dict[bytes, int]) -> Published:
+        ledger = self._ledger
+        # Once it has ended nobody, whatever he has applied, can go by this list.
+        complete_from = ledger.seq + 1 if self._ended else ledger.complete_from
+        return Published(
+            uuid=self._uuid,
+            journal_id=self._journal_id,
+            first=self._acknowledged + 1,
+            last=ledger.seq,
+            complete_from=complete_from,
+            walk_reason=ledger.walk_reason,
+            as_of_ns=self._as_of_ns,
+            folders=tuple(sorted(folders.items())),
+        )
+
+    def _write_notes(self, published: Published) -> None:
+        """Keeps the list, with what the last run left, for a failback after a crash."""
+        folders = dict.fromkeys(self._inherited, 0) | dict(published.folders)
+        kept = replace(published, folders=tuple(sorted(folders.items())))
+        content = (kept.folders, kept.complete_from, kept.first)
+        if content == self._noted:
+            return
+        try:
+            write_durably(self._notes, encode_published(kept), mode=0o600)
+        except (OSError, ValueError) as error:
+            self._ledger.counters.durable_failures += 1
+            why = _words(error) if isinstance(error, OSError) else str(error)
+            _log.warning("cannot note durably what changed, in %s: %s", self._notes, why)
+        else:
+            self._noted = content
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replaces a file of the runtime folder: whole or not at all, but gone with a power cut."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), 0o644)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _why_no_group(error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return "CAP_SYS_ADMIN is missing"
+    if error.errno == errno.EINVAL:
+        return "this kernel has no fanotify events with names (Linux 5.9 has)"
+    if error.errno == errno.ENOSYS:
+        return "this kernel has no fanotify, or a seccomp filter forbids it"
+    if error.errno == errno.EMFILE:
+        return "too many files or fanotify groups are open (see fs.fanotify.max_user_groups)"
+    return f"fanotify_init failed: {_words(error)}"
+
+
+def _why_no_mark(error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return "CAP_SYS_ADMIN is missing"
+    if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EXDEV):
+        return "its filesystem has no file handles of its own (an overlay, FUSE, a subvolume)"
+    if error.errno == errno.ENOSPC:
+        return "there are too many fanotify marks (see fs.fanotify.max_user_marks)"
+    return f"fanotify_mark failed: {_words(error)}"
+
+
+def _why_no_handle(error: OSError) -> str:
+    if error.errno == errno.EPERM:
+        return "CAP_DAC_READ_SEARCH is missing"
+    return f"it cannot be opened by its file handle: {_words(error)}"
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or str(error)
