@@ -1,0 +1,162 @@
+"""The command lines of rsync: each option that the replica uses, and why.
+
+Pure. It must not start anything. All is for rsync 3.2.7 and later; what an option does, and what
+was seen when it was missing, stands beside it. Never used: `-u`, `--ignore-errors`, `--inplace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
+from typing import Final, Protocol
+
+from nfsha.replica.deletions import OWN_ROOT_NAMES, PARTIAL_NAME
+
+__all__ = ["Course", "From", "Token", "fetch", "folder_list"]
+
+CONTROL_MODULE: Final = "nfsha"
+FETCH_TIMEOUT_S: Final = 10
+INCOMING_NAME: Final = b".nfsha-incoming"
+"""In the root while a copy runs: the files that are being received, never visible elsewhere."""
+
+
+class Token(Protocol):
+    """What the source asks for: good for one epoch only."""
+
+    @property
+    def user(self) -> str:
+        """The name that rsync sends."""
+
+    @property
+    def password(self) -> str:
+        """What it proves to know; never in an argument, for all to see."""
+
+
+@dataclass(frozen=True, slots=True)
+class From:
+    """Where the source's rsync listens, and as whom to ask. `bind` is this side's address."""
+
+    host: str
+    port: int
+    token: Token
+    bind: str | None = None
+
+    def url(self, module: str) -> str:
+        """The place of a module. ValueError if the host is no address."""
+        address = ip_address(self.host)
+        host = f"[{address}]" if isinstance(address, IPv6Address) else str(address)
+        return f"rsync://{self.token.user}@{host}:{self.port}/{module}/"
+
+
+_SAME: Final = (
+    # -a without -r, and hard links, ACLs, extended attributes, holes
+    "-lptgoDHAXS",
+    "--numeric-ids",
+    "-x",  # a filesystem mounted inside is a volume of its own, here and there
+    "--modify-window=-1",  # nanoseconds count: without it a change within one second is missed
+    # xfs shows each ACL a second time under these names; from ext4 they would seem surplus, and
+    # taking them away takes the folder's default ACL. A filter of -X drops rsync's own exception
+    # for system.*, so that one is said too.
+    "--filter=-x trusted.SGI_ACL_*",
+    "--filter=-x system.*",
+    *(f"--exclude=/{name.decode()}" for name in OWN_ROOT_NAMES),
+    f"--partial-dir={PARTIAL_NAME.decode()}",
+    "--no-motd",
+    "--no-human-readable",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What all runs of one pass have in common."""
+
+    source: From
+    module: str
+    target: str
+    """The open root of the volume, as /proc/self/fd/N/."""
+    timeout_s: int
+    connect_timeout_s: int
+    list_path: str | None
+    """Where rsync reads the folders to compare, one level deep; None for everything."""
+    backup: str | None
+    checksum: bool
+
+    def plan(self) -> list[str]:
+        """Compares, and names what would be done. Changes nothing."""
+        missing = () if self.list_path is None else ("--delete-missing-args",)
+        says = ("-n", "--delete", *missing, "--out-format=%i %n", "--info=stats2")
+        return self._line(*says, *self._reads(), *self._scope(self.list_path))
+
+    def copy(self, *, make_way: int, bandwidth_kib_s: int | None) -> list[str]:
+        """Copies what differs and deletes nothing.
+
+        Except with `make_way` above 0: then folders may be emptied, of so many things at most,
+        where the source has something else than a folder now.
+
+        No --fsync: it syncs the files one by one, but neither folders nor renames, so that the
+        pass ends with syncfs(2) all the same.
+        """
+        way = ("--force", f"--max-delete={make_way}") if make_way else ()
+        limit = () if bandwidth_kib_s is None else (f"--bwlimit={bandwidth_kib_s}",)
+        incoming = f"--temp-dir={INCOMING_NAME.decode()}"
+        says = (*way, *limit, *self._kept(), incoming, "--info=progress2,stats2")
+        return self._line(*says, *self._reads(), *self._scope(self.list_path))
+
+    def settle(self, list_path: str | None, *, deletions: int | None) -> list[str]:
+        """Deletes, at most so many, and sets folders' attributes right; reads and writes no file.
+
+        A run of its own, because a deletion must rest on a list that is known to be whole:
+        rsync with --delete-delay, fed folder by folder, has been seen to delete before it heard
+        of an I/O error in a later folder. After --delete-after the whole list comes first.
+        """
+        nothing = () if deletions is None else ("--delete-after", f"--max-delete={deletions}")
+        says = ("--existing", "--ignore-existing", *nothing, *self._kept(), "--info=stats2")
+        return self._line(*says, *self._scope(list_path))
+
+    def _reads(self) -> tuple[str, ...]:
+        return ("--checksum",) if self.checksum else ()
+
+    def _kept(self) -> tuple[str, ...]:
+        return () if self.backup is None else ("--backup", f"--backup-dir={self.backup}")
+
+    def _scope(self, list_path: str | None) -> tuple[str, ...]:
+        if list_path is None:
+            return ("-r",)
+        # --trust-sender: else each name is compared with each listed folder, one after the other.
+        return ("-d", "--from0", f"--files-from={list_path}", "--trust-sender")
+
+    def _line(self, *options: str) -> list[str]:
+        missing = ("--ignore-missing-args",)
+        known = () if "--delete-missing-args" in options or "-r" in options else missing
+        session = _session(self.source, self.timeout_s, self.connect_timeout_s)
+        url = self.source.url(self.module)
+        return ["rsync", *_SAME, *session, *options, *known, url, self.target]
+
+
+def _session(source: From, timeout_s: int, connect_timeout_s: int) -> tuple[str, ...]:
+    bind = () if source.bind is None else (f"--address={source.bind}",)
+    return (f"--timeout={timeout_s}", f"--contimeout={connect_timeout_s}", *bind)
+
+
+def folder_list(contents: Iterable[bytes], themselves: Iterable[bytes] = ()) -> bytes:
+    """The list that rsync reads with --from0: folders with their contents, others without.
+
+    `./` stands first, because rsync takes names that begin with `#` or `;` for remarks.
+    """
+    lines = [_listed(name) for name in contents]
+    lines += [b"./" + name for name in themselves]
+    return b"".join(line + b"\0" for line in lines)
+
+
+def _listed(name: bytes) -> bytes:
+    return b"./" if name in (b"", b".") else b"./" + name.rstrip(b"/") + b"/"
+
+
+def fetch(source: From, into: str, names: Sequence[str], max_bytes: int) -> list[str]:
+    """Fetches plain files by name from the control module; each is there whole or not at all."""
+    wanted = (*(f"--include=/{name}" for name in names), "--exclude=*")
+    plain = ("-rtc", "--chmod=D700,F600", f"--max-size={max_bytes}", "--delete")
+    session = _session(source, FETCH_TIMEOUT_S, FETCH_TIMEOUT_S)
+    url = source.url(CONTROL_MODULE)
+    return ["rsync", *plain, *wanted, "--no-motd", *session, url, into]

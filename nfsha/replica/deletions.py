@@ -1,0 +1,198 @@
+"""Which deletions a pass would do, and whether it may.
+
+A plan is read from a dry run of rsync, `--out-format='%i %n'`: the deletions by name, and whether
+there is anything to copy. It must not delete, and it must not look at a volume except to see
+whether anything would be left of it (`leaves_something`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from nfsha.replica.beneath import folder_at, shown
+from nfsha.replica.exits import decode_name
+from nfsha.replica.progress import Tail
+
+__all__ = ["DeleteLimits", "DeletionPlan", "PlanReader", "leaves_something", "ruling"]
+
+MAX_NAMES: Final = 10_000
+"""So many names a plan keeps; its count and its hash are always of all."""
+MAX_FOLDERS: Final = 20_000
+"""With more folders than this to set right a whole walk is cheaper than a list."""
+OWN_ROOT_NAMES: Final = (
+    b".nfsha-volume",
+    b".nfsha-stamp",
+    b".nfsha-quarantine",
+    b".nfsha-incoming",
+    b"lost+found",
+)
+"""In a volume's root these are not data: never sent, never deleted."""
+PARTIAL_NAME: Final = b".nfsha-partial"
+
+_DIGEST_BYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteLimits:
+    """How much a pass may delete by itself: the larger of the two, and never everything."""
+
+    files: int
+    percent: int
+    known_files: int
+    """What the last mark counted on this volume."""
+    accepted_plan: str | None
+    """The hash of a plan that an operator accepted."""
+    target_empty: bool
+    """There is nothing on the target that could be deleted, so no plan is needed."""
+
+    @property
+    def allowed(self) -> int:
+        """So many deletions need nobody's word."""
+        return max(self.files, self.known_files * self.percent // 100)
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionPlan:
+    """What would be deleted. `hash` names exactly this set of names."""
+
+    names: tuple[bytes, ...]
+    """Relative to the volume's root; folders end with a slash. Sorted; at most `MAX_NAMES`."""
+    hash: str
+    count: int
+    files: int
+    """All that are not folders."""
+
+
+def ruling(plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool) -> str:
+    """Why the plan must wait for an operator; empty when it may be carried out."""
+    if plan.count == 0 or plan.hash == limits.accepted_plan:
+        return ""
+    first = shown(plan.names[0])
+    what = f"{plan.count} deletions (the first: {first})"
+    if not leaves_something:
+        return f"{what} would leave no file at all on this copy"
+    if plan.count > limits.allowed:
+        return (
+            f"{what} are more than {limits.files}, and more than {limits.percent} % of the"
+            f" {limits.known_files} files of the last pass"
+        )
+    return ""
+
+
+_DELETION: Final = b"*deleting   "
+_ITEM = re.compile(rb"([<>ch.])([fdLDS]).{9} ")
+
+
+class PlanReader:
+    """Takes the output of the dry run, line by line."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+        """Entries that only a copying run can set right."""
+        self.touched: set[bytes] = set()
+        """Existing folders whose own attributes differ."""
+        self.parents: set[bytes] = set()
+        """Folders that stay, in which something would be deleted."""
+        self.rest = Tail()
+        """What is not an item: the counts, and rsync's remarks."""
+        self._names: list[bytes] = []
+        self._digests = bytearray()
+        self._files = 0
+        self._too_many_folders = False
+
+    def take(self, line: bytes) -> None:
+        """Takes one line, without its end."""
+        if line.startswith(_DELETION):
+            self._deletion(decode_name(line[len(_DELETION) :]))
+        elif not (found := _ITEM.match(line)):
+            self.rest.add(line)
+        elif found[1] == b"." and found[2] == b"d":
+            self._touched(decode_name(line[found.end() :]))
+        else:
+            self.copies += 1
+
+    def finish(self) -> DeletionPlan:
+        """The plan, once all is read; a second or so for a million names: call it in a thread."""
+        size = _DIGEST_BYTES
+        count = len(self._digests) // size
+        digests = (bytes(self._digests[at * size : (at + 1) * size]) for at in range(count))
+        total = hashlib.sha256()
+        for digest in sorted(digests):
+            total.update(digest)
+        names = tuple(sorted(self._names))
+        return DeletionPlan(names, total.hexdigest() if count else "", count, self._files)
+
+    @property
+    def too_many_folders(self) -> bool:
+        """`touched` and `parents` are empty, because there were more than `MAX_FOLDERS`."""
+        return self._too_many_folders
+
+    def _touched(self, name: bytes) -> None:
+        if not self._too_many_folders:
+            self.touched.add(name.rstrip(b"/") or b".")
+            self._bound()
+
+    def _deletion(self, name: bytes) -> None:
+        self._digests += hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
+        if len(self._names) < MAX_NAMES:
+            self._names.append(name)
+        if not name.endswith(b"/"):
+            self._files += 1
+        if not self._too_many_folders:
+            path = name.rstrip(b"/")
+            self.parents.discard(path)  # rsync names what is in a folder before the folder
+            self.parents.add(path.rpartition(b"/")[0] or b".")
+            self._bound()
+
+    def _bound(self) -> None:
+        if len(self.touched) + len(self.parents) > MAX_FOLDERS:
+            self._too_many_folders = True
+            self.touched.clear()
+            self.parents.clear()
+
+
+def leaves_something(root_fd: int, deleted_files: int) -> bool:
+    """Whether a volume has more files than would be deleted; folders do not count.
+
+    Blocking; it stops as soon as it has seen one file more. Only this filesystem, no symbolic
+    links, and none of what is nfsha's own. Raises OSError.
+    """
+    seen = 0
+    waiting = [b""]
+    while waiting:
+        path = waiting.pop()
+        try:
+            files, folders = _count(root_fd, path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue  # gone meanwhile, or longer than a path may be: it proves nothing
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                continue
+            raise
+        seen += files
+        if seen > deleted_files:
+            return True
+        waiting.extend(folders)
+    return False
+
+
+def _count(root_fd: int, path: bytes) -> tuple[int, list[bytes]]:
+    own = frozenset() if path else frozenset(map(os.fsdecode, OWN_ROOT_NAMES))
+    skip = own | {os.fsdecode(PARTIAL_NAME)}
+    files = 0
+    folders = []
+    begin = path + b"/" if path else b""
+    with folder_at(root_fd, path) as fd, os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.name in skip:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(begin + os.fsencode(entry.name))
+            else:
+                files += 1
+    return files, folders

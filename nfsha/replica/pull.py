@@ -1,0 +1,600 @@
+"""One pass: makes a volume on this node equal to what the source's volume is, and says how it went.
+
+At most three runs of rsync, each for one purpose, so that a deletion rests on a list that is whole:
+
+1. plan: a dry run that names what differs. When nothing does, the pass is over: one walk.
+2. copy: brings what differs, and deletes nothing (only what stands in the way, if the plan's
+   deletions may be carried out).
+3. settle: deletes what the plan named and sets folders' attributes right, looking at the folders
+   concerned only. Not after a run in which the source reported an I/O error.
+
+It pulls into an open folder, never into a path, so that an unmount cannot turn it aside. It must
+not decide whether to pull (epoch, identity and stamps are its caller's), and does not write the
+stamp or the mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+from nfsha.replica.arguments import FETCH_TIMEOUT_S, INCOMING_NAME, Course, From, fetch, folder_list
+from nfsha.replica.beneath import make_private, parts_of, sync_filesystem
+from nfsha.replica.child import (
+    Child,
+    ChildError,
+    ChildStuckError,
+    Line,
+    Priority,
+    Stream,
+)
+from nfsha.replica.deletions import (
+    OWN_ROOT_NAMES,
+    PARTIAL_NAME,
+    DeleteLimits,
+    DeletionPlan,
+    PlanReader,
+    leaves_something,
+    ruling,
+)
+from nfsha.replica.exits import Complaints, Ending, Verdict, judge
+from nfsha.replica.mountinfo import at_and_below, read_mounts, visible
+from nfsha.replica.progress import Progress, ProgressReader, Stage, Stats, StatsError, Tail
+
+__all__ = [
+    "DeleteLimits",
+    "DeletionPlan",
+    "From",
+    "PassOutcome",
+    "PassRequest",
+    "Progress",
+    "Pull",
+    "Stage",
+    "Verdict",
+    "fetch_control",
+]
+
+_END_WITHIN_S: Final = 5.0
+_LONGEST_S: Final = 7 * 24 * 3600
+_WITH_COUNTS: Final = (0, 23, 24, 25)
+MAX_CONTROL_BYTES: Final = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PassRequest:
+    """What one pass is to do.
+
+    `root_fd`: the checked root of the volume; it stays the caller's and open until the end.
+    `folders`: relative to it, b"." for itself; each is compared one level deep. None: a full walk.
+    `resync_backup`: a folder relative to the root where that goes which the pass overwrites or
+    deletes. `longest_s`: no single run of rsync takes longer.
+    """
+
+    uuid: str
+    root_fd: int
+    source: From
+    folders: tuple[bytes, ...] | None
+    limits: DeleteLimits
+    resync_backup: str | None = None
+    bandwidth_kib_s: int | None = None
+    timeout_s: int = 60
+    connect_timeout_s: int = 5
+    checksum: bool = False
+    name: str = ""
+    longest_s: int = _LONGEST_S
+
+
+@dataclass(frozen=True, slots=True)
+class PassOutcome:
+    """How a pass ended. Counts are of what was done, also when it ended early.
+
+    `exit_code`: rsync's, of the run that gave the verdict. `files`: entries of the volume (of the
+    source, after a full walk; else reckoned on from `known_files`). `plan`: what waits, or what was
+    deleted; None when nothing was to be deleted or no plan could be made. `sentence` is for people.
+    `vanished`: names that the next pass must find gone or copied.
+    """
+
+    verdict: Verdict
+    exit_code: int
+    files: int
+    transferred_files: int
+    transferred_bytes: int
+    wire_bytes: int
+    deletions: int
+    plan: DeletionPlan | None
+    sentence: str
+    vanished: tuple[bytes, ...]
+    seconds: float
+
+
+_SEVERITY: Final = (
+    Verdict.COMPLETE,
+    Verdict.INCOMPLETE,
+    Verdict.HELD,
+    Verdict.RETRY,
+    Verdict.STOPPED,
+    Verdict.REFUSED,
+    Verdict.FAILED,
+    Verdict.KILLED,
+)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What came out of one rsync."""
+
+    ending: Ending
+    complaints: Complaints
+    stats: Stats | None
+
+    @property
+    def went_through(self) -> bool:
+        """It did its whole work: nothing failed, at most files vanished."""
+        return self.ending.code in (0, 24)
+
+
+@dataclass(slots=True)
+class _Tally:
+    endings: list[Ending] = field(default_factory=list)
+    vanished: list[bytes] = field(default_factory=list)
+    wire_bytes: int = 0
+    transferred_files: int = 0
+    transferred_bytes: int = 0
+    created: int = 0
+    deletions: int = 0
+    entries: int | None = None
+    full: bool = False
+
+    def add(self, run: _Run) -> None:
+        self.endings.append(run.ending)
+        self.full |= run.complaints.full
+        self.vanished += run.complaints.vanished
+        if run.stats is not None:
+            self.wire_bytes += run.stats.wire_bytes
+
+    def add_copy(self, run: _Run, progress: Progress) -> None:
+        self.add(run)
+        if run.stats is None:
+            self.add_cut(progress)
+            return
+        self.transferred_files += run.stats.transferred
+        self.transferred_bytes += run.stats.transferred_bytes
+        self.created += run.stats.created
+        self.deletions += run.stats.deleted
+        self.entries = run.stats.entries
+
+    def add_cut(self, progress: Progress) -> None:
+        """Notes what a copying run did that was cut: rsync gives no counts then."""
+        self.transferred_files += progress.files
+        self.transferred_bytes += progress.bytes
+
+
+class Pull:
+    """One pass. `clock_ms` is a clock in milliseconds that only goes forward.
+
+    `scratch` is a folder of nfsha's own for short-lived files. Call `run` once.
+    """
+
+    def __init__(self, request: PassRequest, scratch: Path, clock_ms: Callable[[], int]) -> None:
+        self.request = request
+        self._scratch = scratch
+        self._clock_ms = clock_ms
+        self._bandwidth_kib_s = request.bandwidth_kib_s
+        self._child: Child | None = None
+        self._starting = asyncio.Lock()
+        self._running: asyncio.Event | None = None
+        self._again = False
+        self._ending = False
+        self._report: Callable[[Progress], None] = _nobody
+        self._tally = _Tally()
+        self._plan: DeletionPlan | None = None
+
+    async def run(self, progress: Callable[[Progress], None]) -> PassOutcome:
+        """Runs the pass to its end, and says what came of it; all troubles are in the outcome.
+
+        `progress` is called on the loop, at most five times a second. Raises ChildStuckError when a
+        process of the pass cannot be killed.
+        """
+        self._report = progress
+        self._running = asyncio.Event()
+        begun_ms = self._clock_ms()
+        held = ""
+        try:
+            held = await self._pass()
+        except ChildError as error:
+            self._fail(str(error))
+        except OSError as error:
+            self._tally.full |= error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self._fail(f"this node's volume: {error.strerror}")
+        finally:
+            self._running.set()
+        if self._tally.full:
+            self._fail(await asyncio.to_thread(_shortage, self.request.root_fd))
+        return self._outcome(held, (self._clock_ms() - begun_ms) / 1000)
+
+    async def end(self, within_s: float = _END_WITHIN_S) -> None:
+        """Kills the pass; when this returns, nothing of it can touch the volume any more.
+
+        Raises ChildStuckError when a process, or a thread of this one, still hangs in the disk.
+        """
+        self._ending = True
+        deadline_s = asyncio.get_running_loop().time() + within_s
+        async with self._starting:  # so that no child is between its start and its name here
+            child = self._child
+        if child is not None:
+            await child.end(within_s)
+        if self._running is not None:
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._running.wait()
+            except TimeoutError as error:
+                stuck = "a thread of this process, at work on the volume's root"
+                raise ChildStuckError(self._called("pull"), [stuck]) from error
+
+    async def limit_bandwidth(self, kib_s: int | None) -> None:
+        """Gives the copying another limit, also while it runs: it begins again where it was."""
+        if kib_s == self._bandwidth_kib_s:
+            return
+        self._bandwidth_kib_s = kib_s
+        child = self._child
+        if child is not None and child.name == self._called("copy"):
+            self._again = True
+            await child.end(_END_WITHIN_S)
+
+    # ------------------------------------------------------------- the pass
+
+    async def _pass(self) -> str:
+        """Goes through the steps; returns why deletions are held, or nothing."""
+        request = self.request
+        with tempfile.TemporaryFile(dir=self._scratch) as listed:
+            await asyncio.to_thread(self._write_list, listed)
+            whole = request.folders is None
+            course = Course(
+                source=request.source,
+                module=f"v-{request.uuid}",
+                target=f"/proc/self/fd/{request.root_fd}/",
+                timeout_s=request.timeout_s,
+                connect_timeout_s=request.connect_timeout_s,
+                list_path=None if whole else f"/proc/self/fd/{listed.fileno()}",
+                backup=request.resync_backup,
+                checksum=request.checksum,
+            )
+            fds = (request.root_fd, listed.fileno())
+            held = ""
+            if request.limits.target_empty:
+                await self._copy(course, fds, total_bytes=None, make_way=0)
+            else:
+                held = await self._by_plan(course, fds)
+        if self._worst.verdict in (Verdict.COMPLETE, Verdict.INCOMPLETE):
+            self._report(Progress(Stage.CHECK))
+            await asyncio.to_thread(sync_filesystem, request.root_fd)
+        return held
+
+    async def _by_plan(self, course: Course, fds: Sequence[int]) -> str:
+        reader = PlanReader()
+        self._report(Progress(Stage.PLAN))
+        run = await self._rsync("plan", course.plan(), fds, reader.take, reader.rest)
+        self._tally.add(run)
+        if run.stats is None:
+            return ""
+        self._tally.entries = run.stats.entries
+        held = ""
+        may_delete = False
+        # An I/O error there makes a list with gaps: what is missing in it may still exist.
+        if run.went_through:
+            plan = await asyncio.to_thread(reader.finish)
+            self._plan = plan if plan.count else None
+            held = await asyncio.to_thread(self._ruling)
+            may_delete = bool(plan.count) and not held
+        ceiling = self._ceiling if may_delete else 0
+        if reader.copies:
+            copied = await self._copy(
+                course, fds, total_bytes=run.stats.transferred_bytes, make_way=ceiling
+            )
+            may_delete = may_delete and copied.went_through
+        if may_delete or (run.went_through and reader.touched and not reader.copies):
+            await self._settle(course, reader, ceiling if may_delete else None)
+        return held
+
+    async def _copy(
+        self, course: Course, fds: Sequence[int], *, total_bytes: int | None, make_way: int
+    ) -> _Run:
+        """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
+        root_fd = self.request.root_fd
+        await asyncio.to_thread(_make_incoming, root_fd)
+        try:
+            while True:
+                self._again = False
+                reader = ProgressReader(Stage.COPY, total_bytes, self._clock_ms())
+                self._report(reader.last)
+                argv = course.copy(make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s)
+                run = await self._rsync("copy", argv, fds, self._reporter(reader), reader.rest)
+                if not self._again or self._ending or run.ending.verdict is not Verdict.KILLED:
+                    self._tally.add_copy(run, reader.last)
+                    return run
+                self._tally.add_cut(reader.last)
+                if total_bytes is not None:
+                    total_bytes = max(0, total_bytes - reader.last.bytes)
+        finally:
+            await asyncio.to_thread(_drop_incoming, root_fd)
+
+    def _reporter(self, reader: ProgressReader) -> Callable[[bytes], None]:
+        def take(line: bytes) -> None:
+            if (news := reader.take(line, self._clock_ms())) is not None:
+                self._report(news)
+
+        return take
+
+    async def _settle(self, course: Course, reader: PlanReader, deletions: int | None) -> None:
+        """Deletes, if it may, and sets folders right, in the folders that the plan named."""
+        self._report(Progress(Stage.CHECK))
+        rest = Tail()
+        with tempfile.TemporaryFile(dir=self._scratch) as listed:
+            list_path = None
+            if not reader.too_many_folders:
+                parents = reader.parents if deletions is not None else set()
+                data = folder_list(sorted(parents), sorted(reader.touched - parents))
+                await asyncio.to_thread(_write, listed, data)
+                list_path = f"/proc/self/fd/{listed.fileno()}"
+            argv = course.settle(list_path, deletions=deletions)
+            fds = (self.request.root_fd, listed.fileno())
+            run = await self._rsync("settle", argv, fds, rest.add, rest)
+        self._tally.add(run)
+        if run.stats is not None:
+            self._tally.deletions += run.stats.deleted
+
+    async def _rsync(
+        self,
+        what: str,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        take: Callable[[bytes], None],
+        rest: Tail,
+    ) -> _Run:
+        """Runs one rsync to its end and judges it."""
+        complaints = Complaints()
+
+        def on_line(line: Line) -> None:
+            if line.stream is Stream.OUTPUT:
+                take(line.data)
+            else:
+                complaints.take([line.data])
+
+        code = await self._child_code(what, argv, fds, on_line)
+        if code is None:
+            words = f"it was ended after {self.request.longest_s} s, the longest that it may take"
+            return _Run(Ending(Verdict.RETRY, 30, words), complaints, None)
+        ending = judge(code, complaints)
+        try:
+            return _Run(ending, complaints, rest.stats() if code in _WITH_COUNTS else None)
+        except StatsError as error:
+            words = f"what rsync counted cannot be read: {error}"
+            return _Run(Ending(Verdict.FAILED, code, words), complaints, None)
+
+    async def _child_code(
+        self,
+        what: str,
+        argv: Sequence[str],
+        fds: Sequence[int],
+        on_line: Callable[[Line], None],
+    ) -> int | None:
+        """The exit code; None when it took too long. Nothing of the child is left."""
+        async with self._starting:
+            if self._ending:
+                return -signal.SIGTERM
+            self._child = child = await Child.start(
+                argv,
+                name=self._called(what),
+                env={"RSYNC_PASSWORD": self.request.source.token.password},
+                pass_fds=fds,
+                priority=Priority.LOW,
+                on_line=on_line,
+            )
+        try:
+            async with asyncio.timeout(self.request.longest_s):
+                return await child.wait()
+        except TimeoutError:
+            return None
+        finally:
+            if child.alive:
+                await child.end(_END_WITHIN_S)
+            self._child = None
+
+    # ------------------------------------------------------------- judging
+
+    def _ruling(self) -> str:
+        """Why the plan has to wait; looks at the volume, so it blocks."""
+        plan = self._plan
+        if plan is None:
+            return ""
+        left = not plan.files or leaves_something(self.request.root_fd, plan.files)
+        return ruling(plan, self.request.limits, leaves_something=left)
+
+    @property
+    def _ceiling(self) -> int:
+        """At most so many deletions in one run: what is allowed, or what was accepted."""
+        planned = 0 if self._plan is None else self._plan.count
+        return max(planned, self.request.limits.allowed)
+
+    @property
+    def _worst(self) -> Ending:
+        """The newest of the worst."""
+        endings = reversed(self._tally.endings)
+        return max(endings, key=lambda ending: _SEVERITY.index(ending.verdict))
+
+    def _outcome(self, held: str, seconds: float) -> PassOutcome:
+        tally, worst = self._tally, self._worst
+        verdict = worst.verdict
+        if held and _SEVERITY.index(verdict) < _SEVERITY.index(Verdict.HELD):
+            verdict = Verdict.HELD
+        if self._ending:
+            verdict = Verdict.KILLED
+        return PassOutcome(
+            verdict=verdict,
+            exit_code=worst.code,
+            files=self._files(),
+            transferred_files=tally.transferred_files,
+            transferred_bytes=tally.transferred_bytes,
+            wire_bytes=tally.wire_bytes,
+            deletions=tally.deletions,
+            plan=self._plan,
+            sentence=f"{self.request.name or self.request.uuid}: {self._sentence(verdict, held)}",
+            vanished=tuple(dict.fromkeys(tally.vanished)),
+            seconds=seconds,
+        )
+
+    def _files(self) -> int:
+        known, tally = self.request.limits.known_files, self._tally
+        if self.request.folders is None and tally.entries is not None:
+            return max(0, tally.entries - 1)  # the root itself is one of them
+        return max(0, known + tally.created - tally.deletions)
+
+    def _sentence(self, verdict: Verdict, held: str) -> str:
+        tally = self._tally
+        if verdict is Verdict.KILLED and self._ending:
+            return "the pass was ended by this node"
+        if verdict is Verdict.HELD and self._plan is not None:
+            return f"{held}; nothing was deleted, plan {self._plan.hash[:16]}"
+        if verdict is not Verdict.COMPLETE:
+            return self._worst.reason
+        if not (tally.transferred_files or tally.created or tally.deletions):
+            return "nothing differed, or only attributes did"
+        return (
+            f"copied {tally.transferred_files} files ({tally.transferred_bytes} bytes),"
+            f" deleted {tally.deletions}"
+        )
+
+    def _fail(self, reason: str) -> None:
+        self._tally.endings.append(Ending(Verdict.FAILED, 11, reason))
+
+    def _called(self, what: str) -> str:
+        return f"{what}-{self.request.uuid}"
+
+    def _write_list(self, file: IO[bytes]) -> None:
+        folders = self.request.folders
+        if folders is not None:
+            _write(file, folder_list(_own(self.request.root_fd, folders)))
+
+
+async def fetch_control(
+    source: From,
+    into: Path,
+    names: Sequence[str],
+    *,
+    max_bytes: int = MAX_CONTROL_BYTES,
+) -> Ending:
+    """Fetches files by name from the source's control module into a folder of nfsha's own.
+
+    Each is there whole or not at all, and one that the source does not have (or that is larger) is
+    not there afterwards. The ending is COMPLETE, or says in words why not. Raises ChildError and
+    ChildStuckError.
+    """
+    complaints = Complaints()
+
+    def on_line(line: Line) -> None:
+        if line.stream is Stream.ERRORS:
+            complaints.take([line.data])
+
+    child = await Child.start(
+        fetch(source, f"{into}/", names, max_bytes),
+        name="fetch-control",
+        env={"RSYNC_PASSWORD": source.token.password},
+        priority=Priority.NORMAL,
+        on_line=on_line,
+    )
+    try:
+        async with asyncio.timeout(2 * FETCH_TIMEOUT_S):
+            return judge(await child.wait(), complaints)
+    except TimeoutError:
+        return Ending(Verdict.RETRY, 30, "the source's facts did not come in time")
+    finally:
+        if child.alive:
+            await child.end(_END_WITHIN_S)
+
+
+# --- the volume's root, blocking ------------------------------------------------------------------
+
+
+def _own(root_fd: int, folders: Sequence[bytes]) -> list[bytes]:
+    """Those that belong to this volume: not its own files, and nothing mounted inside it.
+
+    Raises OSError EINVAL for what is no plain name: a list with a mistake in it is no list.
+    """
+    inside = _mounted_inside(root_fd)
+    kept = []
+    for name in folders:
+        try:
+            parts = () if name == b"." else parts_of(name.rstrip(b"/"))
+        except ValueError as error:
+            raise OSError(errno.EINVAL, f"in the list of changed folders one {error}") from error
+        if (parts[:1] and parts[0] in OWN_ROOT_NAMES) or PARTIAL_NAME in parts:
+            continue
+        if not any(parts[: len(mount)] == mount for mount in inside):
+            kept.append(name)
+    return kept
+
+
+def _mounted_inside(root_fd: int) -> list[tuple[bytes, ...]]:
+    root = str(Path(f"/proc/self/fd/{root_fd}").readlink())
+    _, below = at_and_below(visible(read_mounts()), root)
+    begin = len(os.fsencode(root.rstrip("/"))) + 1
+    return [tuple(os.fsencode(mount.mount_point)[begin:].split(b"/")) for mount in below]
+
+
+def _shortage(root_fd: int) -> str:
+    """What a full volume lacks, and what helps."""
+    found = os.fstatvfs(root_fd)
+    free_mib = found.f_bavail * found.f_frsize >> 20
+    size_mib = found.f_blocks * found.f_frsize >> 20
+    lack = f"{free_mib} of {size_mib} MiB are free"
+    if found.f_files and found.f_favail * 1000 < found.f_files and free_mib * 100 > size_mib:
+        lack = f"no inodes are left ({found.f_favail} of {found.f_files} are free)"
+    return (
+        f"the volume on this node is full: {lack}; make its filesystem as large as the"
+        " source's, or drop what is in its quarantine; the next pass goes on where this one ended"
+    )
+
+
+def _make_incoming(root_fd: int) -> None:
+    """An empty folder for what is being received, in place of what a cut pass left."""
+    with _times_kept(root_fd):
+        _remove_incoming(root_fd)
+        os.close(make_private(root_fd, INCOMING_NAME))
+
+
+def _drop_incoming(root_fd: int) -> None:
+    with _times_kept(root_fd):
+        _remove_incoming(root_fd)
+
+
+def _remove_incoming(root_fd: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(INCOMING_NAME, dir_fd=root_fd)
+
+
+@contextlib.contextmanager
+def _times_kept(root_fd: int) -> Iterator[None]:
+    """Else each pass would find the root changed by the one before."""
+    before = os.fstat(root_fd)
+    try:
+        yield
+    finally:
+        os.utime(root_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
+
+
+def _nobody(_: Progress) -> None:
+    """For a pass whose progress nobody watches."""
