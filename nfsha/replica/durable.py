@@ -1,4 +1,4 @@
-"""Small files that survive a power cut, whole: a temporary file, fsync, rename, fsync of the folder.
+"""Small files that survive a power cut, and are whole: written aside, fsynced, then renamed.
 
 It knows nothing of what is in them. One writer at a time for each file: two would share the
 temporary one.
@@ -38,10 +38,10 @@ def write_durably_at(folder: int, name: str, data: bytes, *, mode: int = 0o644) 
     temporary = temporary_name(name)
     try:
         _write_new(folder, temporary, data, mode)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)  # noqa: PTH104 - by fd
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=folder)  # noqa: PTH108 - by fd
+            os.unlink(temporary, dir_fd=folder)
         raise
     os.fsync(folder)
 
@@ -67,7 +67,7 @@ def temporary_name(name: str) -> str:
 def _write_new(folder: int, name: str, data: bytes, mode: int) -> None:
     # Removed first: what a crash (or anybody else) left under this name is not written through.
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)  # noqa: PTH108 - by fd
+        os.unlink(name, dir_fd=folder)
     fd = os.open(name, _CREATE, 0o600, dir_fd=folder)
     try:
         view = memoryview(data)

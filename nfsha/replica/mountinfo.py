@@ -37,14 +37,18 @@ def read_mounts(mountinfo: Path = MOUNTINFO) -> tuple[Mount, ...]:
     return tuple(_mount(line) for line in mountinfo.read_bytes().splitlines())
 
 
+def mount_id_of(fd: int) -> int:
+    """Returns the id of the mount on which an open file or folder is. OSError without /proc."""
+    text = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
+    lines = (line.split() for line in text.splitlines())
+    return next(int(words[1]) for words in lines if words[0] == b"mnt_id:")
+
+
 def mount_of(fd: int, mountinfo: Path = MOUNTINFO) -> Mount | None:
     """Returns the mount on which an open file or folder is; None when it is unmounted meanwhile."""
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_bytes().splitlines():
-        if line.startswith(b"mnt_id:"):
-            begin = line.split()[1] + b" "
-            lines = mountinfo.read_bytes().splitlines()
-            return next((_mount(one) for one in lines if one.startswith(begin)), None)
-    return None
+    begin = b"%d " % mount_id_of(fd)
+    lines = mountinfo.read_bytes().splitlines()
+    return next((_mount(line) for line in lines if line.startswith(begin)), None)
 
 
 def visible(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
