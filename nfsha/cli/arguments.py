@@ -251,7 +251,8 @@ COMMANDS: tuple[Command, ...] = (
         (
             Option(
                 ("--force",),
-                "also where this node promised not to take over, or its interface hears nobody",
+                "also where this node promised not to take over, its copy is not whole, or its "
+                "interface hears nobody",
                 FLAG,
             ),
             YES,

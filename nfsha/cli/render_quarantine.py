@@ -59,8 +59,7 @@ def items(answer: Facts) -> str:
     lines = [_item(one) for one in answer["items"]]
     if answer.get("more") and answer["items"]:
         last = shlex.quote(printable(answer["items"][-1]["name"]))
-        entry = printable((answer.get("entry") or {}).get("name", "ENTRY"))
-        lines.append(f"(more: `nfsha quarantine show {entry} --after {last}`)")
+        lines.append(f"(more: go on with --after {last})")
     return "\n".join(lines) or "it holds nothing"
 
 

@@ -54,7 +54,7 @@ _STATES: Final[Mapping[str, str]] = {
     "failed": "FAILED",
     "refused": "REFUSED",
     "paused": "paused",
-    "off": "not copied",
+    "off": "no pass runs here",
 }
 _STAGES: Final[Mapping[str, str]] = {
     "plan": "looks what is to be deleted",
@@ -83,7 +83,7 @@ def volumes(answer: Facts, style: Style) -> str:
     lines = list(_way(answer.get("replication") or {}))
     for one in listed:
         lines += ["", *_volume(one, style)]
-    if not listed:
+    if not listed and get(answer, "replication", "mode") != "off":
         lines += ["", "no volumes: nothing is mounted at or under nfs.root"]
     lines += ["", *labelled("next", _next(answer, listed))]
     return "\n".join(lines)
@@ -189,6 +189,8 @@ def _place(facts: Facts | None) -> str:
         words.append("READ-ONLY")
     if facts.get("failing"):
         words.append(f"FAILING: {facts['failing']}")
+    if facts.get("refused"):
+        words.append(f"REFUSED: {facts['refused']}")
     words.append(f"stamp {epoch_text(facts.get('stamp'))}")
     return ", ".join(words)
 
@@ -214,7 +216,7 @@ def progress(facts: Facts) -> str:
 def _pass(last: Facts) -> str:
     walk = _WALKS.get(str(last.get("walk")), "a pass")
     words = [f"{moment(last['started_ns'])} in epoch {epoch_text(last.get('epoch'))}, {walk}"]
-    words.append(f"{count(last.get('files') or 0, 'file')} of {size(last.get('bytes') or 0)}")
+    words.append(f"{count(last.get('files') or 0, 'file')}, {size(last.get('bytes') or 0)}")
     words.append(f"{size(last.get('transferred_bytes') or 0)} sent")
     words.append(f"{last.get('deletions') or 0:,} deleted")
     return f"{', '.join(words)}, in {duration(last.get('duration_ms') or 0)}"
@@ -239,7 +241,7 @@ def _verified(verify: Facts) -> str:
 
 def _journal(sync: Facts) -> str:
     walks: Mapping[str, int] = sync.get("full_walks") or {}
-    words = [f"{number:,} {reason}" for reason, number in sorted(walks.items()) if number]
+    words = [f"{reason} ({number:,})" for reason, number in sorted(walks.items()) if number]
     told = [f"full walks: {', '.join(words)}"] if words else []
     if sync.get("missed_by_journal"):
         told.append(f"{sync['missed_by_journal']:,} changes were found by full walks only")
@@ -258,7 +260,8 @@ def _next(answer: Facts, listed: Sequence[Facts]) -> str:
         return "`nfsha sync --resume` when the work is done"
     if get(answer, "replication", "source", "trouble"):
         return "mend what keeps the rsync daemon from running; it is started again by itself"
-    return "nothing: passes come by themselves"
+    idle = get(answer, "replication", "mode") in ("off", "none")
+    return "nothing" if idle else "nothing: passes come by themselves"
 
 
 def step_for(one: Facts) -> str:
@@ -270,14 +273,14 @@ def step_for(one: Facts) -> str:
             f"find out who deleted these files; if rightly: `nfsha sync {name} --accept-deletes"
             f" {str(plan.get('hash') or 'PLAN')[:_PLAN_DIGITS]}`"
         )
-    if get(one, "sync", "state") in ("failed", "refused"):
-        return f"mend what it says, then `nfsha sync {name} --wait`"
     if one.get("here", one) is None:
         return f"make a volume of at least the same size and mount it at {name} here"
     if "UNPAIRED" in pairing(one):
         if one.get("there", one) is None:
             return f"make a volume of at least the same size and mount it at {name} there"
         return f"if both belong together: `nfsha volumes pair {name}`"
+    if get(one, "sync", "state") in ("failed", "refused"):
+        return f"mend what it says, then `nfsha sync {name} --wait`"
     return ""
 
 
