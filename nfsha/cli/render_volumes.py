@@ -7,6 +7,7 @@ is left out.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -41,11 +42,13 @@ _MODES: Final[Mapping[str, str]] = {
     "off": "off: somebody else keeps the copies equal",
     "none": "no data flows",
 }
+_STRANGERS: Final = "strangers"
 _PAIRED: Final[Mapping[str, str]] = {
     "paired": "paired",
-    "new": "new, not copied yet",
-    "unpaired-here": "UNPAIRED, the volume here has not the identity of the other one",
-    "unpaired-there": "UNPAIRED, the other node's volume has not the identity of this one",
+    "new": "new, not paired yet",
+    "unpaired-here": "UNPAIRED, only this node's volume has an identity",
+    "unpaired-there": "UNPAIRED, only the other node's volume has an identity",
+    _STRANGERS: "UNPAIRED, the volumes of this name have different identities",
 }
 _STATES: Final[Mapping[str, str]] = {
     "idle": "idle",
@@ -57,9 +60,9 @@ _STATES: Final[Mapping[str, str]] = {
     "off": "no pass runs here",
 }
 _STAGES: Final[Mapping[str, str]] = {
-    "plan": "looks what is to be deleted",
+    "plan": "compares",
     "copy": "copies",
-    "check": "compares contents",
+    "check": "finishes",
 }
 _WALKS: Final[Mapping[str, str]] = {
     "full": "a full walk",
@@ -79,7 +82,7 @@ def bar(percent: float) -> str:
 
 def volumes(answer: Facts, style: Style) -> str:
     """All volumes, each as it is on both nodes, with what differs and what to do."""
-    listed: Sequence[Facts] = answer.get("volumes") or []
+    listed = _told_apart(answer.get("volumes") or [])
     lines = list(_way(answer.get("replication") or {}))
     for one in listed:
         lines += ["", *_volume(one, style)]
@@ -87,6 +90,12 @@ def volumes(answer: Facts, style: Style) -> str:
         lines += ["", "no volumes: nothing is mounted at or under nfs.root"]
     lines += ["", *labelled("next", _next(answer, listed))]
     return "\n".join(lines)
+
+
+def _told_apart(listed: Sequence[Facts]) -> list[Facts]:
+    """Two volumes of one name, each on one node only, are strangers: both have an identity."""
+    names = Counter(one["name"] for one in listed)
+    return [{**one, "paired": _STRANGERS} if names[one["name"]] > 1 else one for one in listed]
 
 
 def _way(facts: Facts) -> Iterator[str]:
@@ -132,11 +141,12 @@ def _gist(one: Facts) -> Iterator[str]:
 
 def pairing(one: Facts) -> str:
     """Whether both nodes' volumes of this name belong together."""
-    if "here" in one and one["here"] is None:
+    paired = one.get("paired")
+    if "here" in one and one["here"] is None and paired != _STRANGERS:
         return "UNPAIRED, only the other node has it"
-    if "there" in one and one["there"] is None and one.get("paired") != "paired":
+    if "there" in one and one["there"] is None and paired not in ("paired", _STRANGERS):
         return "UNPAIRED, only this node has it"
-    return _PAIRED.get(str(one.get("paired")), "not known whether it is a pair")
+    return _PAIRED.get(str(paired), "not known whether it is a pair")
 
 
 def state(one: Facts) -> str:
@@ -273,15 +283,24 @@ def step_for(one: Facts) -> str:
             f"find out who deleted these files; if rightly: `nfsha sync {name} --accept-deletes"
             f" {str(plan.get('hash') or 'PLAN')[:_PLAN_DIGITS]}`"
         )
-    if one.get("here", one) is None:
-        return f"make a volume of at least the same size and mount it at {name} here"
     if "UNPAIRED" in pairing(one):
-        if one.get("there", one) is None:
-            return f"make a volume of at least the same size and mount it at {name} there"
-        return f"if both belong together: `nfsha volumes pair {name}`"
+        return _pairing_step(one, name)
     if get(one, "sync", "state") in ("failed", "refused"):
         return f"mend what it says, then `nfsha sync {name} --wait`"
     return ""
+
+
+def _pairing_step(one: Facts, name: str) -> str:
+    if one.get("paired") == _STRANGERS:
+        return (
+            f"if both belong together, on the node that does not serve: `nfsha volumes pair {name}`"
+        )
+    if one.get("here", one) is None:
+        return f"make a volume of at least the same size and mount it at {name} here"
+    if one.get("there", one) is None:
+        return f"make a volume of at least the same size and mount it at {name} there"
+    where = "on the other node" if one.get("paired") == "unpaired-here" else "here"
+    return f"if both belong together, {where}: `nfsha volumes pair {name}`"
 
 
 def word(one: Facts) -> str:

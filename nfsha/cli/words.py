@@ -95,9 +95,11 @@ def get(facts: Facts, *names: str) -> Any:  # noqa: ANN401 - JSON of another pro
     return value
 
 
-def epoch_text(epoch: Facts | None) -> str:
-    """An epoch as `7 (01234567)`, or `none`."""
-    return f"{epoch['number']} ({str(epoch['id'])[:8]})" if epoch else "none"
+def epoch_text(epoch: Facts | int | None) -> str:
+    """An epoch as `7 (01234567)`, `7` where only its number is known, or `none`."""
+    if isinstance(epoch, Mapping) and epoch:
+        return f"{epoch['number']} ({str(epoch['id'])[:8]})"
+    return str(epoch) if isinstance(epoch, int) else "none"
 
 
 def labelled(label: str, text: object, indent: int = 0) -> list[str]:

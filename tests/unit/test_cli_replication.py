@@ -51,7 +51,7 @@ def place(**changes: object) -> Facts:
 def volume(name: str = "data", **sync: object) -> Facts:
     """A pair that is as it should be, but for what is changed in its `sync`."""
     last = {
-        "started_ns": STARTED_NS, "epoch": EPOCH, "files": 31_204, "bytes": 38_700_000_000,
+        "started_ns": STARTED_NS, "epoch": 7, "files": 31_204, "bytes": 38_700_000_000,
         "transferred_bytes": 1_234_567, "deletions": 3, "duration_ms": 312, "walk": "folders",
     }  # fmt: skip
     return {
@@ -60,7 +60,8 @@ def volume(name: str = "data", **sync: object) -> Facts:
         "differs": [],
         "sync": {
             "state": "idle", "why": "", "last": last, "age_ms": 12_300, "next_ms": 18_000,
-            "progress": None, "plan": None, "full_walks": {"restart": 1, "schedule": 12},
+            "progress": None, "plan": None,
+            "full_walks": {"the first pass of epoch 7": 1, "the schedule's full walk": 12},
             "missed_by_journal": 0, "verify": {"last_ns": STARTED_NS, "damaged": 0, "missed": 0},
             **sync,
         },
@@ -190,11 +191,11 @@ def test_colour_changes_no_word_and_marks_trouble() -> None:
         (volume(), ""),
         (running(), ""),
         (held(), "`nfsha sync 'mail store' --accept-deletes 1a2b3c4d5e6f`"),
-        (unpaired(), "if both belong together: `nfsha volumes pair new`"),
+        (unpaired(), "if both belong together, on the other node: `nfsha volumes pair new`"),
         (volume(state="failed", why="exit 11: no space left"), "`nfsha sync data --wait`"),
         (lonely("here"), "mount it at only-here there"),
         (lonely("there"), "mount it at only-there here"),
-        (volume() | {"paired": "unpaired-there"}, "`nfsha volumes pair data`"),
+        (volume() | {"paired": "unpaired-there"}, "here: `nfsha volumes pair data`"),
     ],
 )
 def test_what_to_do_about_a_volume(one: Facts, step: str) -> None:
@@ -227,6 +228,13 @@ def test_the_most_pressing_comes_last_and_once() -> None:
     assert calm.endswith("nothing: passes come by themselves")
     paused = render_volumes.volumes(answer(volume(), paused=True), Style())
     assert paused.endswith("`nfsha sync --resume` when the work is done")
+
+
+def test_two_volumes_of_one_name_with_different_identities() -> None:
+    here, there = lonely("here"), lonely("there")
+    text = render_volumes.volumes(answer(here | {"name": "x"}, there | {"name": "x"}), Style())
+    assert text.count("x: UNPAIRED, the volumes of this name have different identities") == 2
+    assert "on the node that does not serve: `nfsha volumes pair x`" in " ".join(text.split())
 
 
 def test_an_answer_that_lacks_what_a_newer_one_has() -> None:
@@ -472,7 +480,7 @@ def test_waiting_tells_each_change_once(daemon: Daemon, capsys: Said) -> None:
     assert main(["sync", "--wait", "data"]) == Exit.DONE
     out = said(capsys)[0]
     assert out.splitlines()[:2] == ["data: waits for its turn", "db/pg: copies"]
-    assert "data: 2026-01-02 03:04:05Z in epoch 7 (01234567), the changed folders" in out
+    assert "data: 2026-01-02 03:04:05Z in epoch 7, the changed folders" in out
     assert daemon.asked == [("sync-wait", NOTHING | {"volume": "data"})]
     assert main(["sync", "--wait", "--json"]) == Exit.DONE
     lines = [json.loads(line) for line in said(capsys)[0].splitlines()]
