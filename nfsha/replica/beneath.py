@@ -25,7 +25,8 @@ BATCH: Final = 4096
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RENAME_NOREPLACE: Final = 1  # linux/fs.h
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
-_KEPT_XATTRS: Final = ("user.", "trusted.", "security.", *_ACLS)
+_KEPT: Final = ("user.", "trusted.", "security.", *_ACLS)
+_TWICE: Final = "trusted.SGI_ACL_"  # as which xfs shows each ACL once more
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -166,11 +167,12 @@ def _escaped(character: str) -> str:
 
 def _xattrs(fd: int) -> list[str]:
     try:
-        return [name for name in os.listxattr(fd) if name.startswith(_KEPT_XATTRS)]
+        found = os.listxattr(fd)
     except OSError as error:
         if error.errno == errno.ENOTSUP:
             return []
         raise
+    return [name for name in found if name.startswith(_KEPT) and not name.startswith(_TWICE)]
 
 
 def _last_error() -> OSError:

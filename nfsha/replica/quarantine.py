@@ -35,8 +35,9 @@ from nfsha.core.model import Epoch, Role
 from nfsha.replica import beneath
 from nfsha.replica.beneath import shown
 from nfsha.replica.durable import read_small_at, write_durably_at
+from nfsha.replica.volumes import QUARANTINE_NAME
 
-STORE: Final = ".nfsha-quarantine"
+STORE: Final = QUARANTINE_NAME
 MAX_ENTRIES: Final = 10_000
 MAX_NAMES: Final = 10_000
 MAX_PAGE: Final = 10_000
