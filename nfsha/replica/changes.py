@@ -10,8 +10,8 @@ that ends the journal, which then says so.
 Not seen, because the kernel tells nothing of it: writes through a memory mapping on this machine
 (none come by NFS), and POSIX ACLs set by knfsd before Linux 6.2. The slower full walk finds these.
 
-`collect`, `publish` and `start` block on the filesystem: call them in a thread. They may be called
-from several; one waits for the other.
+All methods but the properties block, on the filesystem or on each other: call them in a thread, or
+in several. A publish may take half a minute when it has to search; everything else is short.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class ChangeJournal:
         self._journal_id = secrets.token_hex(8)
         self._acknowledged = 0
         self._ended = ""
+        self._closing = False
         self._clocks: tuple[int, int] | None = None
         self._as_of_ns = 0
         self._again_ms = COLLECT_EVERY_MS
@@ -139,7 +140,12 @@ class ChangeJournal:
         return self._group.fd
 
     def close(self) -> None:
-        """Ends it (also one that was never started); a later publish says that it ended. Idempotent."""
+        """Ends it, also one that never started or that is in a search; idempotent.
+
+        A later publish says that it ended. Close it before the volume is unmounted: while another
+        call is at work here, the volume is in use.
+        """
+        self._closing = True
         with self._lock:
             self._end("it was closed")
 
@@ -160,10 +166,9 @@ class ChangeJournal:
 
     @property
     def counters(self) -> Counters:
-        """A copy of the counters."""
-        with self._lock:
-            now = self._ledger.counters
-            return replace(now, folders=len(self._ledger), full_walks=dict(now.full_walks))
+        """A copy of the counters. Never waits for another call, as all the others here do."""
+        now = self._ledger.counters
+        return replace(now, folders=len(self._ledger), full_walks=dict(now.full_walks))
 
     def collect(self) -> None:
         """Takes the events that wait, at most `MAX_COLLECT_BYTES`. Does not raise."""
@@ -288,8 +293,14 @@ class ChangeJournal:
             raise OSError(errno.EOVERFLOW, f"{waiting} bytes of events wait")
         for _ in range(0, waiting, MAX_COLLECT_BYTES):
             self._drain(tree, MAX_COLLECT_BYTES)
-        self._ledger.settle(tree, lambda: self._drain(tree, MAX_COLLECT_BYTES))
+        self._ledger.settle(tree, lambda: self._pause(tree))
         self._ledger.list_folders(tree)
+
+    def _pause(self, tree: Tree) -> None:
+        """Now and then during a search: the kernel's queue must not fill up, nor a close wait."""
+        if self._closing:
+            raise OSError(errno.ECANCELED, "it is being closed")
+        self._drain(tree, MAX_COLLECT_BYTES)
 
     def _look_at_clocks(self) -> int:
         """Reads both clocks, notices a step back, and returns the wall clock."""

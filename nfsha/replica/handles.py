@@ -54,7 +54,7 @@ class Tree:
                 raise NotThereError(f"another filesystem, or none, is mounted at {root}")
             self._device = device
             self.root_handle, self._mount_id = fanotify.handle_of(self._fd)
-            self._path = _path_of_fd(self._fd)
+            self._path = path_of_fd(self._fd)
         except BaseException:
             self.close()
             raise
@@ -180,17 +180,18 @@ class Tree:
         return handle if mount_id == self._mount_id else None
 
 
+def path_of_fd(fd: int) -> bytes:
+    """What the kernel says now to be the path of an open file. OSError ENAMETOOLONG."""
+    return os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115 - paths here are bytes
+
+
 def _readable_path(fd: int) -> bytes:
     try:
-        return _path_of_fd(fd)
+        return path_of_fd(fd)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UnresolvedError("its path is longer than the kernel tells, 4096 bytes") from error
         raise
-
-
-def _path_of_fd(fd: int) -> bytes:
-    return os.readlink(b"/proc/self/fd/%d" % fd)  # noqa: PTH115 - paths here are bytes
 
 
 def _stat_at(folder_fd: int, name: bytes) -> os.stat_result | None:

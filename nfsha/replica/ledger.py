@@ -19,6 +19,7 @@ from enum import StrEnum
 
 from nfsha.replica import fanotify
 from nfsha.replica.handles import Place, Tree, UnresolvedError
+from nfsha.replica.published import MAX_REASON_CHARS
 
 MAX_WANTED = 10_000
 """The most files at a time with names to be found; for more, a full walk is cheaper."""
@@ -156,7 +157,7 @@ class Ledger:
         """
         self.seq += 1
         self.complete_from = self.seq
-        self.walk_reason = sentence
+        self.walk_reason = sentence[:MAX_REASON_CHARS]
         counted = self.counters.full_walks
         counted[reason] = counted.get(reason, 0) + 1
         if reason not in self._logged:

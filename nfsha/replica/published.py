@@ -23,6 +23,7 @@ MAX_BYTES = 16 << 20
 """The largest file: 50,000 folders with paths of 300 bytes. Above it a full walk is cheaper."""
 
 MAX_FOLDERS = 200_000
+MAX_REASON_CHARS = 400
 MAX_PATH_BYTES = 4096  # PATH_MAX of linux/limits.h, and rsync's MAXPATHLEN
 
 _MAGIC = b"nfsha-changes 1 "
@@ -30,8 +31,6 @@ _MAX_NUMBER = (1 << 63) - 1
 _KEYS = {"uuid", "journal_id", "first", "last", "complete_from", "walk_reason", "as_of_ns"}
 _NAME = re.compile(r"[0-9A-Za-z-]{1,64}")
 _ID = re.compile(r"[0-9a-f]{16}")
-_DIGEST_CHARS = 64
-_MAX_REASON_CHARS = 400
 
 
 class ChangesError(Exception):
@@ -170,7 +169,7 @@ def _with_header(header: dict[str, Any], folders: tuple[tuple[bytes, int], ...])
         if not isinstance(header[key], str) or pattern.fullmatch(header[key]) is None:
             raise ChangesError(f"the list of changes has {key} {header[key]!r}")
     reason = header["walk_reason"]
-    if not isinstance(reason, str) or len(reason) > _MAX_REASON_CHARS:
+    if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARS:
         raise ChangesError("the list of changes has no readable reason for a full walk")
     if header["first"] > header["last"] + 1 or header["complete_from"] > header["last"] + 1:
         raise ChangesError("the list of changes has sequence numbers that cannot be")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica import changes, fanotify
+from nfsha.replica import changes, fanotify, handles, ledger
 from nfsha.replica.changes import (
     ChangeJournal,
     ChangesError,
@@ -260,6 +260,50 @@ def test_what_is_mounted_inside_is_not_this_volume(
         assert watched.take() == set()
         (volume.path / "tree/mine").write_text("1")
         assert watched.take() == {"tree"}
+        (volume.path / "other/place").mkdir(parents=True)
+        assert watched.take() == {".", "other"}
+        (volume.path / "tree").rename(volume.path / "moved")
+        assert watched.take() == {".", "moved"}
+        (volume.path / "moved").rename(volume.path / "tree")
+
+
+def test_a_folder_hidden_under_a_mount_is_not_listed(volume: LoopVolume, watch: Watch) -> None:
+    (volume.path / "place/hidden").mkdir(parents=True)
+    watched = watch(volume.path)
+    held = os.open(volume.path / "place/hidden", os.O_RDONLY | os.O_DIRECTORY)
+    with LoopVolume("ext4", at=volume.path / "place") as inner:
+        (inner.path / "hidden").mkdir()
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=held))
+        os.close(held)
+        assert watched.take() == set()
+    assert watched.walks() == {}
+
+
+def test_a_path_is_believed_only_when_it_leads_back(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder above may be renamed between the two looks; then it is looked at again."""
+    (volume.path / "a").mkdir()
+    (volume.path / "b").mkdir()
+    watched = watch(volume.path)
+    told: list[bytes] = [os.fsencode(volume.path) + b"/b"]
+    real = handles.path_of_fd
+
+    def stale(fd: int) -> bytes:
+        path = real(fd)
+        return told.pop() if path.endswith(b"/a") and told else path
+
+    monkeypatch.setattr(handles, "path_of_fd", stale)
+    (volume.path / "a/file").write_text("1")
+    assert watched.take() == {"a"}
+    assert told == []
+    told += [os.fsencode(volume.path) + b"/b"] * 10
+    (volume.path / "a").chmod(0o700)
+    (volume.path / "c").mkdir()
+    (volume.path / "c").rmdir()
+    folders, why = watched.look()
+    assert folders is None
+    assert "renamed all the time" in why
 
 
 # ---- hard links
@@ -302,6 +346,24 @@ def test_a_link_made_for_a_moment_costs_no_search(volume: LoopVolume, watch: Wat
     os.link(volume.path / "mail/lock.tmp", volume.path / "mail/lock")
     assert watched.take() == {"mail"}
     assert watched.journal.counters.searches == 0
+
+
+def test_a_name_that_is_gone_is_not_taken_for_the_file(volume: LoopVolume, watch: Watch) -> None:
+    root = volume.path
+    (root / "a").mkdir()
+    (root / "b").mkdir()
+    watched = watch(root)
+    (root / "a/one").write_text("1")
+    os.link(root / "a/one", root / "b/two")
+    assert watched.take() == {"a", "b"}
+    (root / "b/two").chmod(0o600)
+    (root / "a/one").chmod(0o640)  # the last name that is remembered
+    assert watched.take() == {"a", "b"}
+    (root / "a/one").unlink()
+    (root / "a/one").write_text("another file")
+    assert watched.take() == {"a", "b"}
+    os.close(write_by_handle(root, "b/two"))
+    assert watched.take() == {"b"}
 
 
 def test_a_moved_folder_with_links_out_of_it(volume: LoopVolume, watch: Watch) -> None:
@@ -381,6 +443,41 @@ def test_a_file_that_is_not_found_means_a_full_walk(volume: LoopVolume, watch: W
     assert folders is None
     assert "1 files changed whose folders are not known" in why
     assert watched.walks() == {WalkReason.NAMELESS: 1}
+
+
+def test_a_search_neither_lets_the_queue_fill_nor_holds_up_a_close(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3000):
+        (volume.path / f"{number}").touch()
+    watched = watch(volume.path)
+    taken: list[int] = []
+    real = fanotify.read_events
+
+    def slowly(group: fanotify.Group) -> bytes:
+        time.sleep(0.005)
+        data = real(group)
+        taken.append(len(data))
+        return data
+
+    os.close(write_by_handle(volume.path, "7"))
+    watched.journal.collect()
+    monkeypatch.setattr(fanotify, "read_events", slowly)
+    monkeypatch.setattr(ledger, "_PAUSE_EVERY_ENTRIES", 1)  # so it would take 15 s
+    publisher = threading.Thread(target=watched.publish)
+    publisher.start()
+    time.sleep(0.2)
+    (volume.path / "meanwhile").touch()
+    time.sleep(0.1)
+    assert publisher.is_alive()
+    begun = time.monotonic()
+    assert watched.journal.counters.searches == 1
+    assert time.monotonic() - begun < 0.1
+    watched.journal.close()
+    assert time.monotonic() - begun < 1.0
+    publisher.join(5)
+    assert any(taken)
+    assert watched.look()[0] is None
 
 
 # ---- bounds
@@ -730,7 +827,6 @@ def test_writes_by_nfs_with_cold_caches(server: NfsServer, watch: Watch) -> None
         drop_caches()
         step = server.place.inside(lambda: next(going))
         assert watched.take() == expected[step], step
-        print(step, watched.journal.counters)
     assert watched.walks() == {}
 
 

@@ -395,6 +395,13 @@ def test_what_was_acknowledged_is_forgotten() -> None:
     assert ledger.listed() == {b"folder-5": 3}
 
 
+def test_a_long_reason_can_be_published() -> None:
+    ledger, _, _ = make_ledger()
+    ledger.ask_walk(WalkReason.TROUBLE, "x" * 5000)
+    one = replace(ONE, walk_reason=ledger.walk_reason)
+    assert read_published(encode_published(one)) == one
+
+
 def test_an_unknown_record_is_no_reason_to_go_on_as_if_nothing_was() -> None:
     ledger, _, tree = make_ledger()
     with pytest.raises(fanotify.EventFormatError):
