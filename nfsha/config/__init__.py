@@ -159,7 +159,7 @@ def _sync_warnings(sync: Sync) -> list[str]:
         )
     if sync.resync == "on-failback":
         found.append(
-            'sync.resync is "on-failback": after a takeover there is no replica until a failback'
+            'sync.resync is "on-failback": after a takeover there is no replica until `nfsha sync`'
         )
     if sync.quarantine_drop:
         found.append(

@@ -205,7 +205,7 @@ SYNC_KEYS: Final[tuple[Key[Any], ...]] = (
         "sync.resync",
         choice("automatic", "on-failback"),
         '"automatic"',
-        "When a node that was away is brought up to date: by itself, or as a failback asks for it.",
+        "When a node that was away is brought up to date: by itself, or only by `nfsha sync`.",
     ),
     SYNC_QUARANTINE_MAX_AGE_KEY := optional(
         "sync.quarantine_max_age",

@@ -595,7 +595,7 @@ def test_a_single_link_wants_its_risk_accepted() -> None:
         ('[sync]\nfull_every = "2d"', 'sync.full_every is "2d"'),
         ('[sync]\nverify_every = "never"', "damage on a copy"),
         ("[sync]\nmax_deletes_percent = 100", "no number of deletions is held"),
-        ('[sync]\nresync = "on-failback"', "no replica until a failback"),
+        ('[sync]\nresync = "on-failback"', "no replica until `nfsha sync`"),
         (
             '[sync]\nquarantine_drop = true\nquarantine_max_size = "9GB"',
             "files that exist nowhere else are deleted",

@@ -73,13 +73,21 @@ def test_rules_that_are_named_exist(page: Path) -> None:
         assert found in ids, found
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/install.md", "docs/configuration.md"])
+CONFIGURED = ["README.md", "docs/install.md", "docs/configuration.md", "docs/replication.md"]
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
 def test_configurations_that_are_shown_are_right(name: str) -> None:
     blocks = re.findall(r"(?ms)^```toml\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"))
-    whole = [block for block in blocks if block.startswith("role")]
-    assert whole
-    for block in whole:
-        parse(block)
-    for part in blocks:
-        if part not in whole:
-            parse(whole[0] + part)
+    assert blocks
+    whole = next((block for block in blocks if block.startswith("role")), "")
+    for block in blocks:
+        parse(block if block.startswith("role") else f"{whole or SMALLEST}\n{block}")
+
+
+SMALLEST = """role = "primary"
+interface = "eth0"
+vip = ["192.0.2.10"]
+witness = ["gateway"]
+links = [{ local = "192.0.2.1", peer = "192.0.2.2" }, { local = "10.9.9.1", peer = "10.9.9.2" }]
+"""
