@@ -147,7 +147,7 @@ class ChangeJournal:
         """
         self._closing = True
         with self._lock:
-            self._end("it was closed")
+            self._end("it was closed", level=logging.DEBUG)
 
     @property
     def journal_id(self) -> str:
@@ -243,10 +243,11 @@ class ChangeJournal:
         except OSError as error:
             raise ChangesError(f"cannot watch {self._root}: {_why_no_handle(error)}") from error
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, *, level: int = logging.WARNING) -> None:
         if not self._ended:
             self._ended = why
-            self._ledger.ask_walk(WalkReason.ENDED, f"the change journal ended: {why}")
+            sentence = f"the change journal ended: {why}"
+            self._ledger.ask_walk(WalkReason.ENDED, sentence, level=level)
         if self._group is not None:
             os.close(self._group.fd)
             self._group = None

@@ -150,7 +150,7 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._folders)
 
-    def ask_walk(self, reason: WalkReason, sentence: str) -> None:
+    def ask_walk(self, reason: WalkReason, sentence: str, *, level: int = logging.WARNING) -> None:
         """From here on only who walks the whole volume anew knows what changed.
 
         Logged once for each reason between two lists, counted each time.
@@ -162,7 +162,7 @@ class Ledger:
         counted[reason] = counted.get(reason, 0) + 1
         if reason not in self._logged:
             self._logged.add(reason)
-            _log.warning("%s needs a full walk: %s", self._name, sentence)
+            _log.log(level, "%s needs a full walk: %s", self._name, sentence)
 
     def forget(self, seq: int) -> None:
         """Forgets what did not change after `seq`."""
@@ -182,7 +182,7 @@ class Ledger:
                 continue
             folder, name, target = fanotify.parse_subject(records)
             if folder is None:
-                if target is not None:
+                if target is not None and mask & fanotify.CHANGES:
                     nameless.append(target)
             elif not _is_ours(folder == tree.root_handle, name):
                 self._touch(folder)

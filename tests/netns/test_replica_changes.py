@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -780,6 +781,69 @@ def test_a_copy_by_the_lists_alone_is_equal(
             watched.done()
             assert differences(volume.path, copy.path) == []
         assert watched.walks() == {}
+
+
+def test_a_kernel_that_does_not_tell_targets(
+    volume: LoopVolume, watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 5.17: more is searched for, and a vanished hard link means a full walk."""
+    monkeypatch.setattr(fanotify, "_FAN_REPORT_TARGET_FID", 1 << 30)  # EINVAL, as it was there
+    (volume.path / "from/tree/x").mkdir(parents=True)
+    (volume.path / "to").mkdir()
+    (volume.path / "from/file").write_text("1")
+    watched = watch(volume.path)
+    (volume.path / "from/tree").rename(volume.path / "to/tree")
+    assert watched.take() == {"from", "to", "to/tree", "to/tree/x"}
+    (volume.path / "from/file").rename(volume.path / "to/file")
+    assert watched.take() == {"from", "to"}
+    assert watched.journal.counters.searches == 0
+    os.close(write_by_handle(volume.path, "to/file"))
+    assert watched.take() == {"to"}
+    with LoopVolume(volume.fstype, size_mib=volume.size_mib) as copy:
+        busy = Busy(volume.path, 3)
+        busy.go(100)
+        pull(volume.path, copy.path, None, tmp_path)
+        for _ in range(6):
+            busy.go(30)
+            pull(volume.path, copy.path, watched.look()[0], tmp_path)
+            watched.done()
+            assert differences(volume.path, copy.path) == []
+
+
+def test_a_copy_made_while_a_client_writes_becomes_equal(
+    volume: LoopVolume, watch: Watch, tmp_path: Path
+) -> None:
+    """Passes run into renames and deletions; one that was not clean is not acknowledged."""
+    stop = threading.Event()
+    busy = Busy(volume.path, 7)
+
+    def write() -> None:
+        while not stop.is_set():
+            busy.go(5)
+            time.sleep(0.01)
+
+    with LoopVolume(volume.fstype, size_mib=volume.size_mib) as copy:
+        busy.go(150)
+        watched = watch(volume.path)
+        pull(volume.path, copy.path, None, tmp_path)
+        writer = threading.Thread(target=write)
+        writer.start()
+        clean = 0
+        try:
+            for _ in range(15):
+                folders, why = watched.look()
+                assert folders is not None, why
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    pull(volume.path, copy.path, folders, tmp_path)
+                    watched.done()
+                    clean += 1
+        finally:
+            stop.set()
+            writer.join()
+        pull(volume.path, copy.path, watched.look()[0], tmp_path)
+        assert clean > 0
+        assert watched.walks() == {}
+        assert differences(volume.path, copy.path) == []
 
 
 # ---- under a real NFS server
