@@ -15,6 +15,8 @@ from nfsha import __version__
 from nfsha.config import warnings
 from nfsha.core.describe import situation
 from nfsha.core.model import CommandKind, Role
+from nfsha.daemon import copy_answers
+from nfsha.daemon.copy_answers import CopyAnswers
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError, ControlServer, Credentials
 from nfsha.host.scheduling import Scheduling
@@ -35,11 +37,16 @@ class Answers:
         self._shell = shell
         self._scheduling = scheduling
         settings = shell.world.settings
+        sync = settings.sync
+        self._copies = CopyAnswers(
+            shell.world.replication.replicator,
+            (sync.quarantine_max_age_ms, sync.quarantine_max_bytes),
+        )
         self._started_ms = shell.world.clock_ms()
         self._server = ControlServer(
             settings.paths.runtime / SOCKET_NAME,
             self._answer,
-            streams={"follow": self._follow},
+            streams={"follow": self._follow, "sync-wait": self._copies.wait},
             group=settings.control_group,
             answer_timeout_s=CONTROL_TIMEOUT_S,
         )
@@ -69,6 +76,10 @@ class Answers:
                 return await self._obey(who, CommandKind.CONFIRM_PEER_DOWN)
             case "resolve":
                 return await self._obey(who, CommandKind.RESOLVE, keep=_role(args))
+            case _ if command in copy_answers.COMMANDS:
+                if command != "volumes":
+                    log.info("%s asks for %s %s", who, command, args)
+                return await self._copies.answer(command, args)
             case _:
                 raise CommandError(f"the daemon knows no command {command[:40]!r}")
 
@@ -120,6 +131,7 @@ class Answers:
             "warnings": list(health.warnings) if health is not None else [],
             "scheduling": "; ".join(self._scheduling.words),
             "risks": list(warnings(settings)),
+            "copies": self._copies.brief(),
             "uptime_ms": now_ms - self._started_ms,
         }
 

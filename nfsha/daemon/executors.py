@@ -55,6 +55,7 @@ class Executors:
         match action:
             case model.SendHeartbeat():
                 self._world.links.send(action.datagram)
+                self._world.replication.tick()
             case model.AskWitness():
                 self._world.ask_witness()
             case model.Announce():
@@ -75,6 +76,8 @@ class Executors:
                 | model.ExtendLeases()
             ):
                 self._lock(numbered.number, action)
+            case model.StopReceivers():
+                self._start(numbered, self._stop_receivers())
             case model.TakeToken() | model.DropToken() | model.PublishRecord() | model.Fence():
                 raise AssertionError(f"{type(action).__name__} without a token or fence agent")
 
@@ -115,6 +118,10 @@ class Executors:
         )
         answered = next(iter(found.answered.values()), None)
         return model.Surveyed(found.started_ms, found.ended_ms, answered, found.heard_other)
+
+    async def _stop_receivers(self) -> Result:
+        trouble = await self._world.replication.stop_receivers()
+        return model.ReceiversStopped(ok=not trouble, detail=trouble)
 
     # ------------------------------------------------------------- the two locks, in order
 

@@ -20,6 +20,7 @@ from nfsha.host.systemd import Systemd
 from nfsha.peer.keys import KeyFileError
 from nfsha.peer.links import LinkSetupError
 from nfsha.peer.witness import WitnessError
+from nfsha.replica.replicator import ReplicaError
 from nfsha.vip.freeze import FirewallError
 from nfsha.vip.rtnetlink import VipError
 
@@ -52,6 +53,7 @@ def run(settings: Settings) -> int:
         JournalError,
         KeyFileError,
         LinkSetupError,
+        ReplicaError,
         VipError,
         WitnessError,
         OSError,

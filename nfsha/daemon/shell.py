@@ -83,6 +83,7 @@ class Shell:
         for numbered in decision.actions:
             self._executors.perform(numbered)
         self._tell(decision, now_ms)
+        self.world.replication.follow(decision.state, now_ms)
         self.systemd.watchdog(now_ms)
 
     def _may_serve(self) -> bool:

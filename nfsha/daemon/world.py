@@ -13,6 +13,7 @@ from nfsha.config import IPAddress, Link, Settings
 from nfsha.core import model
 from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.replication import Replication
 from nfsha.host.clock import boot_id, now_ms
 from nfsha.host.events import EventLog
 from nfsha.host.journal import JournalCorruptError, JournalFile, decode_journal
@@ -61,7 +62,8 @@ class World:
         state = settings.paths.state
         self.journal = JournalFile(state / "journal", thread_setup=self._thread_setup())
         self.events = EventLog(state / "events.jsonl")
-        wire = Wire(keys.load(settings.paths.key), settings.role)
+        ring = keys.load(settings.paths.key)
+        wire = Wire(ring, settings.role)
         self.links = Links(
             [_link_spec(link) for link in settings.links],
             wire.seal,
@@ -93,6 +95,7 @@ class World:
             clock_ms=self.clock_ms,
             neighbour_window_ms=settings.timing.hold_ms // 3,
         )
+        self.replication = Replication(settings, ring, wire, self.links, inbox, self.clock_ms)
         self.health = _service_health(settings)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
@@ -115,6 +118,7 @@ class World:
             boot_id=boot_id(),
             timings=self.settings.timing,
             service_lease=self.settings.firewall.service_lease,
+            replication=self.settings.replication == "rsync",
             start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
         )
 
@@ -150,6 +154,7 @@ class World:
         await self.announcer.start()
         await self.witness.start()
         await self.links.start()
+        await self.replication.start()
         self._watch_firewall()
         self._tasks = [
             asyncio.ensure_future(self.health.run(self._health_report)),
@@ -180,6 +185,7 @@ class World:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._unwatch_firewall()
+        await self.replication.close()
         self.links.close()
         self.witness.close()
         self.announcer.close()

@@ -63,13 +63,21 @@ class Pair:
         vips: Sequence[str] = (VIP,),
         mounts: Sequence[str] = ("/nfs/data",),
         profile: str | None = None,
+        replication: str = "off",
         tables: str = "",
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.lab = lab
         self.env = env
         for name, role in ROLES.items():
-            config = node_config(role, vips=vips, mounts=mounts, profile=profile, tables=tables)
+            config = node_config(
+                role,
+                vips=vips,
+                mounts=mounts,
+                profile=profile,
+                replication=replication,
+                tables=tables,
+            )
             lab.configure(name, config)
 
     def start(self, *names: str) -> None:

@@ -130,6 +130,7 @@ def node_config(
     mounts: Sequence[str] = ("/nfs/data",),
     links: Sequence[str] = ("lan", "hb"),
     witness: Sequence[str] = ("gateway",),
+    replication: str = "off",
     top: str = "",
     tables: str = "",
 ) -> str:
@@ -148,6 +149,7 @@ def node_config(
         f"vip = {json.dumps(list(vips))}",
         f"witness = {json.dumps(list(witness))}",
         f"links = [{drawn}]",
+        f'replication = "{replication}"',
         top,
     ]
     if profile is not None:

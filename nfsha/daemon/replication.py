@@ -1,0 +1,131 @@
+"""Joins replication to the rest: the core's word on the way of data, the other node's facts.
+
+`follow` is called after each turn, `tick` with each heartbeat. Where replication is off, all of it
+is nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from nfsha.config import Settings
+from nfsha.core.model import Phase, ReplicaChanged
+from nfsha.core.replication import flow
+from nfsha.core.state import State
+from nfsha.daemon.inbox import Inbox
+from nfsha.peer import pages
+from nfsha.peer.keys import KeyRing
+from nfsha.peer.links import Links
+from nfsha.peer.pages import FactsError, Pages
+from nfsha.peer.wire import Wire
+from nfsha.replica.replicator import Ends, Replicator
+
+log = logging.getLogger(__name__)
+
+
+class Replication:
+    """The replication of this node; `replicator` is None where somebody else replicates."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ring: KeyRing,
+        wire: Wire,
+        links: Links,
+        inbox: Inbox,
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._inbox = inbox
+        self._sessions = (0, 0)
+        self._phase = Phase.STARTING
+        self._packing: asyncio.Task[None] | None = None
+        self._next_facts: dict[str, Any] | None = None
+        self.replicator: Replicator | None = None
+        if settings.replication != "rsync":
+            return
+        self._pages = Pages(
+            wire.seal_page, links.send_page, lambda: self._sessions, clock_ms, self._told
+        )
+        links.route_pages(wire.open_page, self._pages.received)
+        self.replicator = Replicator(
+            settings,
+            ring.sealing.secret,
+            _ends(settings),
+            clock_ms=clock_ms,
+            report=self._report,
+            tell=self._tell,
+            watch=inbox.watch,
+        )
+
+    async def start(self) -> None:
+        """Begins to look at the volumes. Raises ReplicaError where nothing could be copied."""
+        if self.replicator is not None:
+            await self.replicator.start()
+
+    async def close(self) -> None:
+        """Ends all that copies; no process of it is left."""
+        if self._packing is not None:
+            self._packing.cancel()
+        if self.replicator is not None:
+            await self.replicator.close()
+
+    def follow(self, state: State, now_ms: int) -> None:
+        """Takes which way data may flow after this turn."""
+        if self.replicator is None:
+            return
+        self._sessions = (state.session, state.peer_session)
+        self.replicator.follow(flow(state, now_ms), state.durable.epoch)
+        if state.phase is not self._phase:
+            if self._phase is Phase.TAKEOVER and state.phase is Phase.ACTIVE:
+                for window in self.replicator.takeover_windows():
+                    log.warning("takeover: %s", window)
+            self._phase = state.phase
+
+    def tick(self) -> None:
+        """With each heartbeat: pages of facts go out while the other node lacks them."""
+        if self.replicator is not None:
+            self._pages.tick()
+
+    async def stop_receivers(self) -> str:
+        """Ends all that receives; returns what is stuck, or ""."""
+        return await self.replicator.stop_receivers() if self.replicator is not None else ""
+
+    # ------------------------------------------------------------- facts, both ways
+
+    def _report(self, changed: ReplicaChanged) -> None:
+        self._inbox.put(changed)
+
+    def _tell(self, facts: dict[str, Any]) -> None:
+        self._next_facts = facts
+        if self._packing is None or self._packing.done():
+            self._packing = asyncio.ensure_future(self._pack())
+            self._inbox.watch(self._packing)
+
+    async def _pack(self) -> None:
+        while self._next_facts is not None:
+            facts, self._next_facts = self._next_facts, None
+            try:
+                self._pages.publish(await asyncio.to_thread(pages.pack, facts))
+            except FactsError as error:
+                log.error("the other node is not told of this node's volumes: %s", error)
+
+    def _told(self, blob: bytes) -> None:
+        self._inbox.watch(asyncio.ensure_future(self._hear(blob)))
+
+    async def _hear(self, blob: bytes) -> None:
+        if self.replicator is None:
+            return
+        try:
+            facts = await asyncio.to_thread(pages.unpack, blob)
+        except FactsError as error:
+            log.warning("%s", error)
+            return
+        await self.replicator.heard(facts)
+
+
+def _ends(settings: Settings) -> Ends:
+    link = next(one for one in settings.links if one.name == settings.sync.link)
+    return Ends(link.local, link.peer)

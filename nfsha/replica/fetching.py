@@ -1,0 +1,582 @@
+"""The passive node's side: passes that bring each volume's copy up to date, with every guard.
+
+One pass of one volume: look at the volume here; fetch what the source published; refuse what is not
+the same volume, or not older data; then rsync, of the changed folders where the change journal
+vouches, else of all. The mark, then the stamp, come last. Who may run at all is not decided here
+(`nfsha.core.replication`): `begin` and `end` tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nfsha.config import Sync
+from nfsha.core.model import Epoch
+from nfsha.replica import volumes
+from nfsha.replica.beneath import shown
+from nfsha.replica.child import ChildError, ChildStuckError
+from nfsha.replica.clocks import Clocks
+from nfsha.replica.copying import Copy, State
+from nfsha.replica.deletions import DeleteLimits
+from nfsha.replica.durable import read_small
+from nfsha.replica.inventory import Inventory
+from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore
+from nfsha.replica.published import MAX_BYTES, ChangesError, Published, read_published
+from nfsha.replica.pull import (
+    From,
+    PassOutcome,
+    PassRequest,
+    Pull,
+    Verdict,
+    fetch_control,
+)
+from nfsha.replica.quarantine import Entry, Quarantine, QuarantineError
+from nfsha.replica.questions import Asking
+from nfsha.replica.schedule import Cause, Kind, Plan, Reason, Schedule
+from nfsha.replica.serving import FACTS_NAME, changes_name
+from nfsha.replica.suspects import SuspectAnswer, SuspectQuestion
+from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.volume_facts import (
+    VolumeError,
+    VolumeFacts,
+    epoch_from_json,
+    from_json,
+)
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+MAX_FACTS_BYTES = 16 << 20
+MAX_ATTEMPTS_COUNTED = 10
+UNLIMITED = 1 << 62
+VERIFY_PAUSES_MS = 300_000
+"""How long a verify goes on without an ordinary pass where these come by a cron line."""
+
+
+TROUBLES = (VolumeError, ChangesError, QuarantineError, ChildError, MarksError, OSError)
+"""What the world can do to a pass: it failed, and is tried again."""
+
+
+class RefusedError(Exception):
+    """A guard forbids a pass; the text says what was found on both sides and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """What the source published: its epoch, since when all is in, and its volumes."""
+
+    epoch: Epoch
+    as_of_ns: int
+    volumes: tuple[VolumeFacts, ...]
+
+    def of(self, uuid: str) -> VolumeFacts | None:
+        """The volume of this identity."""
+        return next((one for one in self.volumes if one.identity == uuid), None)
+
+
+class Fetching:
+    """All passes of this node while it is passive or returned."""
+
+    def __init__(
+        self,
+        sync: Sync,
+        inventory: Inventory,
+        store: MarkStore,
+        scratch: Path,
+        *,
+        source: Callable[[Epoch], From],
+        clocks: Clocks,
+        watch: Callable[[asyncio.Task[None]], None],
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed` is called when a mark, a taint or a stamp changed."""
+        self._sync = sync
+        self._inventory = inventory
+        self._store = store
+        self._scratch = scratch
+        self._source = source
+        self._clocks = clocks
+        self._changed = changed
+        self.copies: dict[str, Copy] = {}
+        self.epoch: Epoch | None = None
+        self.may_start = False
+        self.bandwidth_kib_s: int | None = sync.bandwidth_kib_s
+        self.bandwidth_set = False
+        self._pulls: dict[str, Pull] = {}
+        self._restarting: set[str] = set()
+        self._writes: set[asyncio.Future[Any]] = set()
+        self.asking = Asking(changed)
+        self._verifies: dict[str, Verify] = {}
+        self.schedule = Schedule(self._run, parallel=sync.parallel, watch=watch)
+
+    # ------------------------------------------------------------- who may run
+
+    def start(self) -> None:
+        """Begins to count; no pass runs before `begin`."""
+        self.schedule.start()
+
+    def begin(self, epoch: Epoch) -> None:
+        """Passes of this epoch may run from now on."""
+        self.epoch = epoch
+        self.may_start = True
+
+    async def end(self) -> str:
+        """Ends all passes; their processes are gone then. Returns what is stuck, or ""."""
+        self.epoch = None
+        self.may_start = False
+        stuck: list[str] = []
+        under_way: list[tuple[str, Pull | Verify]] = [
+            *self._pulls.items(),
+            *self._verifies.items(),
+        ]
+        for uuid, running in under_way:
+            try:
+                await running.end()
+            except ChildStuckError as error:
+                stuck.append(f"{self._name(uuid)}: {error}")
+        left = await self.schedule.cancel()
+        if self._writes:  # in threads, which no cancelling ends
+            await asyncio.wait(self._writes)
+        stuck += [f"{self._name(uuid)}: its pass does not end" for uuid in left]
+        return "; ".join(stuck)
+
+    async def _write(self, call: Callable[..., _T], *args: Any, **more: Any) -> _T:  # noqa: ANN401
+        """Writes into a volume, or beside it, in a thread that `end` waits for."""
+        work = asyncio.ensure_future(asyncio.to_thread(call, *args, **more))
+        self._writes.add(work)
+        work.add_done_callback(self._writes.discard)
+        return await asyncio.shield(work)
+
+    async def stop(self) -> None:
+        """Ends everything for good."""
+        await self.end()
+        await self.schedule.stop()
+
+    # ------------------------------------------------------------- the volumes
+
+    def follow_volumes(self) -> None:
+        """Gives each volume that may be copied its place in the schedule."""
+        wanted = {
+            pair.uuid: pair.name
+            for pair in self._inventory.pairs()
+            if pair.uuid is not None and pair.here is not None and pair.there is not None
+        }
+        for uuid in self.copies.keys() - wanted.keys():
+            self.schedule.remove(uuid)
+            del self.copies[uuid]
+        for uuid in wanted:
+            self._plan(uuid)
+
+    def _plan(self, uuid: str) -> None:
+        one = self._inventory.by_uuid(uuid)
+        sync = self._sync
+        own = sync.of(one.path) if one is not None else None
+        plan = Plan(
+            every_ms=own.every_ms if own else sync.every_ms,
+            cron=own.cron if own else sync.cron,
+            jitter_ms=sync.jitter_ms,
+            full_every_ms=sync.full_every_ms,
+            verify_every_ms=sync.verify_every_ms,
+        )
+        new = uuid not in self.copies
+        if new:
+            self.copies[uuid] = Copy(uuid)
+        self.schedule.set(uuid, plan)
+        if new and self.may_start:
+            self.schedule.trigger(uuid, Reason(Cause.START))
+
+    def start_all(self) -> None:
+        """A pass of each volume now: the source has come."""
+        for uuid in self.copies:
+            self.schedule.trigger(uuid, Reason(Cause.START))
+
+    def _name(self, uuid: str) -> str:
+        one = self._inventory.by_uuid(uuid)
+        return one.name if one is not None else uuid
+
+    # ------------------------------------------------------------- one pass
+
+    async def _run(self, uuid: str, reason: Reason) -> None:
+        copy = self.copies.get(uuid)
+        epoch = self.epoch
+        if copy is None or epoch is None or not self.may_start:
+            return
+        copy.state, copy.why = State.RUNNING, f"a pass by {reason.cause}"
+        try:
+            if reason.kind is Kind.VERIFY:
+                await self._verify(copy, epoch)
+            else:
+                await self._pass(copy, epoch, reason)
+        except RefusedError as refused:
+            self._refused(copy, str(refused))
+        except TROUBLES as error:
+            self._failed(copy, str(error))
+        except asyncio.CancelledError:
+            copy.rest(State.OFF, "ended: the state of this node changed")
+            raise
+
+    def _refused(self, copy: Copy, why: str) -> None:
+        if why != copy.why or copy.state is not State.REFUSED:
+            log.warning("volume %s is not copied: %s", self._name(copy.uuid), why)
+        copy.rest(State.REFUSED, why)
+
+    def _failed(self, copy: Copy, why: str) -> None:
+        copy.attempts = min(copy.attempts + 1, MAX_ATTEMPTS_COUNTED)
+        if copy.attempts == 1 or why != copy.why:
+            log.warning("volume %s: the pass failed: %s", self._name(copy.uuid), why)
+        copy.rest(State.FAILED, why)
+        self.schedule.retry(copy.uuid, copy.attempts)
+
+    async def _pass(self, copy: Copy, epoch: Epoch, reason: Reason) -> None:
+        scratch = self._scratch / copy.uuid
+        await asyncio.to_thread(_fresh_folder, scratch)
+        facts, changes = await self._published(copy.uuid, epoch, scratch)
+        await self._inventory.look()
+        here = self._guard(copy.uuid, epoch, facts)
+        root_fd = await asyncio.to_thread(volumes.open_root, here)
+        try:
+            await self._into(copy, epoch, reason, here, root_fd, facts, changes, scratch)
+        finally:
+            os.close(root_fd)
+
+    async def _published(
+        self, uuid: str, epoch: Epoch, scratch: Path
+    ) -> tuple[SourceFacts, Published | None]:
+        names = [FACTS_NAME, changes_name(uuid)]
+        ending = await fetch_control(self._source(epoch), scratch, names)
+        if ending.verdict is Verdict.REFUSED:
+            raise RefusedError(f"the source's facts cannot be had: {ending.reason}")
+        if ending.verdict is not Verdict.COMPLETE:
+            raise ChildError(f"the source's facts cannot be had: {ending.reason}")
+        facts = await asyncio.to_thread(_read_facts, scratch / FACTS_NAME)
+        path = scratch / changes_name(uuid)
+        if not path.exists():
+            return facts, None
+        return facts, read_published(await asyncio.to_thread(read_small, path, MAX_BYTES))
+
+    def _guard(self, uuid: str, epoch: Epoch, facts: SourceFacts) -> VolumeFacts:
+        """Everything that must be so before a byte is written (I3, I5)."""
+        if facts.epoch != epoch:
+            raise RefusedError(
+                f"the source offers epoch {facts.epoch}, this node follows epoch {epoch}"
+            )
+        here, there = self._inventory.by_uuid(uuid), facts.of(uuid)
+        if here is None:
+            raise RefusedError("it is not mounted here, or its identity file is missing: mount it")
+        if there is None:
+            raise RefusedError(
+                "the source does not offer it: see `nfsha volumes` on the other node"
+            )
+        if there.stamp != epoch:
+            raise RefusedError(f"the source's volume bears the stamp {there.stamp}, not {epoch}")
+        if here.failing or here.read_only:
+            what = here.failing or "it is mounted read-only"
+            raise RefusedError(f"the copy at {here.path} cannot be written: {what}")
+        if here.stamp is not None and here.stamp != epoch and here.stamp.number >= epoch.number:
+            raise RefusedError(
+                f"the copy at {here.path} bears the stamp {here.stamp}, the source {there.stamp}: "
+                "what lies here is newer, or of another history. On the node whose data is the "
+                "truth: `nfsha activate --force`"
+            )
+        used = there.size_bytes - there.free_bytes
+        if used > here.size_bytes:
+            raise RefusedError(
+                f"the source uses {used} bytes, the copy's filesystem at {here.path} has "
+                f"{here.size_bytes} in all: make it larger"
+            )
+        return here
+
+    async def _into(
+        self,
+        copy: Copy,
+        epoch: Epoch,
+        reason: Reason,
+        here: VolumeFacts,
+        root_fd: int,
+        facts: SourceFacts,
+        changes: Published | None,
+        scratch: Path,
+    ) -> None:
+        uuid = copy.uuid
+        mark = self._store.own.get(uuid)
+        resync = here.stamp != epoch or bool(self._store.taint_of(uuid))
+        folders, why_full = self._choose(copy, epoch, reason, changes, resync=resync)
+        entry = await self._taint(copy, here, root_fd, epoch) if resync else None
+        request = PassRequest(
+            uuid=uuid,
+            root_fd=root_fd,
+            source=self._source(epoch),
+            folders=folders,
+            resync_backup=entry.backup_dir if entry is not None else None,
+            limits=DeleteLimits(
+                # What a resync deletes goes to quarantine; only an emptied copy waits for a word.
+                files=self._sync.max_deletes if entry is None else UNLIMITED,
+                percent=self._sync.max_deletes_percent,
+                known_files=mark.files if mark is not None else 0,
+                accepted_plan=copy.accepted,
+                target_empty=here.empty,
+            ),
+            bandwidth_kib_s=self._bandwidth(here),
+            timeout_s=self._sync.timeout_s,
+            connect_timeout_s=self._sync.connect_timeout_s,
+        )
+        if why_full:
+            copy.full_walks[why_full] += 1
+            log.info("volume %s: a full walk: %s", here.name, why_full)
+        outcome = await self._pull(copy, request, scratch)
+        if entry is not None:
+            await self._write(Quarantine(root_fd).finish, entry)
+        if outcome.verdict is Verdict.COMPLETE:
+            done = _mark(uuid, epoch, facts, changes, outcome, full=folders is None)
+            await self._completed(copy, here, done, missed=_missed(reason, why_full, outcome))
+            return
+        self._not_completed(copy, outcome)
+
+    def _choose(
+        self, copy: Copy, epoch: Epoch, reason: Reason, changes: Published | None, *, resync: bool
+    ) -> tuple[tuple[bytes, ...] | None, str]:
+        """The folders to ask for, or None and why all of the volume must be walked."""
+        mark = self._store.own.get(copy.uuid)
+        if resync:
+            return None, "resync"
+        if mark is None or mark.epoch != epoch:
+            return None, "no complete pass of this epoch yet"
+        if reason.kind is not Kind.ORDINARY:
+            return None, f"the schedule's {reason.kind} walk"
+        if changes is None:
+            return None, "the source has no change journal"
+        folders, why = changes.since(mark.changes_id, mark.changes_seq)
+        return folders, why
+
+    async def _taint(
+        self, copy: Copy, here: VolumeFacts, root_fd: int, epoch: Epoch
+    ) -> Entry | None:
+        """Durable before the first byte of a resync: until its end this is no replica."""
+        if here.empty:
+            await self._write(self._store.taint, [copy.uuid], f"first copy of epoch {epoch}")
+            self._changed()
+            return None
+        entry = await self._write(
+            Quarantine(root_fd).begin,
+            "resync",
+            why=f"the copy held the data of {here.stamp or 'no epoch'}; resync to epoch {epoch}",
+            epoch=here.stamp,
+            operation="resync",
+            by="nfsha",
+        )
+        await self._write(self._store.taint, [copy.uuid], f"resync to epoch {epoch}")
+        self._changed()
+        return entry
+
+    async def _pull(self, copy: Copy, request: PassRequest, scratch: Path) -> PassOutcome:
+        pull = Pull(request, scratch, self._clocks.now_ms)
+        self._pulls[copy.uuid] = pull
+        try:
+            return await pull.run(copy.take_progress)
+        finally:
+            self._pulls.pop(copy.uuid, None)
+
+    async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark, *, missed: int) -> None:
+        copy.missed_by_journal += missed
+        await self._write(self._store.put_own, mark)
+        if here.stamp != mark.epoch:
+            await self._write(volumes.write_stamp, here, mark.epoch)
+        await self._write(self._untaint, copy.uuid, mark.epoch)
+        copy.attempts = 0
+        copy.plan, copy.accepted = None, None
+        copy.rest(State.IDLE, "up to date")
+        await self._inventory.look()
+        self._changed()
+
+    def _untaint(self, uuid: str, epoch: Epoch) -> None:
+        """This copy is whole again. A taint of all goes with the last copy. It blocks."""
+        store = self._store
+        if uuid in store.tainted:
+            store.untaint([uuid])
+        marks = [store.own.get(other) for other in self.copies]
+        if EVERYTHING in store.tainted and all(m is not None and m.epoch == epoch for m in marks):
+            store.untaint()
+
+    def _not_completed(self, copy: Copy, outcome: PassOutcome) -> None:
+        copy.plan = outcome.plan if outcome.verdict is Verdict.HELD else copy.plan
+        match outcome.verdict:
+            case Verdict.HELD:
+                if copy.state is not State.HELD:
+                    log.warning("volume %s: %s", self._name(copy.uuid), outcome.sentence)
+                copy.rest(State.HELD, outcome.sentence)
+            case Verdict.STOPPED | Verdict.REFUSED:
+                self._refused(copy, outcome.sentence)
+            case Verdict.KILLED if copy.uuid in self._restarting:
+                self._restarting.discard(copy.uuid)
+                copy.rest(State.IDLE, "begins again with another bandwidth")
+                self.schedule.trigger(copy.uuid, Reason(Cause.COMMAND))
+            case Verdict.KILLED:
+                copy.rest(State.OFF, outcome.sentence)
+            case Verdict.INCOMPLETE:
+                # The next pass must find what vanished gone, or copy it; it comes in a second.
+                log.info("volume %s: %s", self._name(copy.uuid), outcome.sentence)
+                copy.rest(State.IDLE, outcome.sentence)
+                self.schedule.retry(copy.uuid, 1)
+            case _:
+                self._failed(copy, outcome.sentence)
+
+    # ------------------------------------------------------------- verifying
+
+    async def _verify(self, copy: Copy, epoch: Epoch) -> None:
+        """Compares contents; ordinary passes take turns with it. What differs is repaired."""
+        await self._pass(copy, epoch, Reason(Cause.SCHEDULE))
+        mark = self._store.own.get(copy.uuid)
+        if copy.state is not State.IDLE or mark is None:
+            return
+        here = self._inventory.by_uuid(copy.uuid)
+        if here is None:
+            raise RefusedError("it is not mounted here any more")
+        scratch = self._scratch / f"{copy.uuid}-verify"
+        await asyncio.to_thread(_fresh_folder, scratch)
+        root_fd = await asyncio.to_thread(volumes.open_root, here)
+        try:
+            outcome = await self._verified(copy, epoch, mark, root_fd, scratch)
+        finally:
+            os.close(root_fd)
+        copy.verified_ns = self._clocks.wall_ns()
+        copy.damaged, copy.missed = outcome.damaged, outcome.missed
+        for found in outcome.findings:
+            log.error(
+                "volume %s: %s: %s: %s", here.name, shown(found.name), found.kind, found.evidence
+            )
+        if outcome.verdict is not Verdict.COMPLETE:
+            self._failed(copy, outcome.sentence)
+            return
+        log.info("volume %s: verified: %s", here.name, outcome.sentence)
+        copy.rest(State.IDLE, f"verified: {outcome.sentence}")
+
+    async def _verified(
+        self, copy: Copy, epoch: Epoch, mark: Mark, root_fd: int, scratch: Path
+    ) -> VerifyOutcome:
+        verify = Verify(
+            VerifyRequest(
+                copy.uuid,
+                root_fd,
+                self._source(epoch),
+                read_kib_s=self._sync.verify_bandwidth_kib_s,
+                timeout_s=self._sync.timeout_s,
+                connect_timeout_s=self._sync.connect_timeout_s,
+                expected_bytes=mark.bytes,
+            ),
+            scratch,
+            self._clocks.now_ms,
+        )
+        self._verifies[copy.uuid] = verify
+
+        async def fresh_pass() -> bool:
+            await self._pass(copy, epoch, Reason(Cause.SCHEDULE))
+            done = copy.state is State.IDLE
+            copy.state, copy.why = State.RUNNING, "verifies the contents"
+            return done
+
+        async def ask(question: SuspectQuestion) -> tuple[SuspectAnswer, ...] | None:
+            return await self.asking.ask(question, lambda name: self._answer(epoch, scratch, name))
+
+        @asynccontextmanager
+        async def turn() -> AsyncIterator[None]:
+            now = self._store.own.get(copy.uuid)
+            age_ms = (
+                (self._clocks.wall_ns() - now.started_ns) // 1_000_000 if now is not None else 0
+            )
+            if age_ms > (self._sync.every_ms or VERIFY_PAUSES_MS):
+                await fresh_pass()
+            yield
+
+        copy.state, copy.why = State.RUNNING, "verifies the contents"
+        try:
+            return await verify.run(
+                Helpers(turn, fresh_pass, ask, Quarantine(root_fd), epoch, mark),
+                copy.take_progress,
+            )
+        finally:
+            self._verifies.pop(copy.uuid, None)
+
+    async def _answer(self, epoch: Epoch, scratch: Path, name: str) -> Path | None:
+        ending = await fetch_control(self._source(epoch), scratch, [name])
+        path = scratch / name
+        return path if ending.verdict is Verdict.COMPLETE and path.exists() else None
+
+    # ------------------------------------------------------------- what operators ask
+
+    def _bandwidth(self, here: VolumeFacts) -> int | None:
+        if self.bandwidth_set:
+            return self.bandwidth_kib_s
+        return self._sync.of(here.path).bandwidth_kib_s
+
+    async def set_bandwidth(self, kib_s: int | None, *, default: bool = False) -> None:
+        """Takes another limit (None: none); transfers that run begin again with it."""
+        self.bandwidth_set = not default
+        self.bandwidth_kib_s = self._sync.bandwidth_kib_s if default else kib_s
+        for uuid, pull in tuple(self._pulls.items()):
+            self._restarting.add(uuid)
+            await pull.end()
+
+
+def _missed(reason: Reason, why_full: str, outcome: PassOutcome) -> int:
+    """What a scheduled full walk found although the change journal vouched for all."""
+    if reason.kind is Kind.ORDINARY or why_full == "resync":
+        return 0
+    return outcome.transferred_files + outcome.deletions
+
+
+def _mark(
+    uuid: str,
+    epoch: Epoch,
+    facts: SourceFacts,
+    changes: Published | None,
+    outcome: PassOutcome,
+    *,
+    full: bool,
+) -> Mark:
+    there = facts.of(uuid)
+    return Mark(
+        volume=uuid,
+        epoch=epoch,
+        started_ns=facts.as_of_ns if changes is None else min(changes.as_of_ns, facts.as_of_ns),
+        files=outcome.files,
+        bytes=there.size_bytes - there.free_bytes if there is not None else 0,
+        transferred_bytes=outcome.transferred_bytes,
+        deletions=outcome.deletions,
+        duration_ms=round(outcome.seconds * 1000),
+        walk="full" if full else "folders",
+        changes_id=changes.journal_id if changes is not None else "",
+        changes_seq=changes.last if changes is not None else 0,
+    )
+
+
+def _fresh_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, mode=0o700)
+
+
+def _read_facts(path: Path) -> SourceFacts:
+    """Reads what the source published. Raises OSError or VolumeError for anything else."""
+    try:
+        document = json.loads(read_small(path, MAX_FACTS_BYTES))
+    except ValueError as error:
+        raise VolumeError(f"the source's facts are no JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
+        raise VolumeError("the source's facts are of another version of nfsha")
+    as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
+    if not isinstance(as_of_ns, int) or not isinstance(listed, list):
+        raise VolumeError("the source's facts are incomplete")
+    return SourceFacts(
+        epoch_from_json(document.get("epoch")),
+        as_of_ns,
+        tuple(from_json(one) for one in listed),
+    )

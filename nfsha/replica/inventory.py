@@ -1,0 +1,126 @@
+"""This node's volumes as they are now, and the other node's as it told: which belong together.
+
+It looks at the filesystems again and again, in a thread of its own, and keeps the newest answer.
+A look that hangs (a dead disk) does not hang the daemon: the old answer stands, and is called old.
+It writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nfsha.core.model import Epoch
+from nfsha.replica import volumes
+from nfsha.replica.volumes import VolumeError, VolumeFacts
+
+LOOK_WITHIN_S = 10.0
+"""A look at all volumes that takes longer hangs in the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One volume of the pair, by name and identity: here, there, or on both."""
+
+    name: str
+    uuid: str | None
+    here: VolumeFacts | None
+    there: VolumeFacts | None
+    paired: str
+    """`paired`, `unpaired-here`, `unpaired-there`, or `new` (no identity on either side)."""
+    differs: tuple[str, ...]
+
+
+class Inventory:
+    """What is known of the volumes of both nodes."""
+
+    def __init__(self, root: Path, clock_ms: Callable[[], int]) -> None:
+        self._root = root
+        self._clock_ms = clock_ms
+        self._look: asyncio.Future[tuple[VolumeFacts, ...]] | None = None
+        self.here: tuple[VolumeFacts, ...] = ()
+        self.there: tuple[VolumeFacts, ...] | None = None
+        """None: the other node has not told yet."""
+        self.looked_ms: int | None = None
+        self.trouble = "the volumes were not looked at yet"
+
+    async def look(self) -> tuple[VolumeFacts, ...]:
+        """Looks at the filesystems; returns the newest answer, with `trouble` when it is old."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.ensure_future(asyncio.to_thread(volumes.discover, self._root))
+        try:
+            self.here = await asyncio.wait_for(asyncio.shield(self._look), LOOK_WITHIN_S)
+        except TimeoutError:
+            self.trouble = f"a look at the volumes hangs for {LOOK_WITHIN_S:.0f} s: a disk is dead"
+        except (OSError, VolumeError) as error:
+            self.trouble = str(error)
+        else:
+            self.trouble = ""
+            self.looked_ms = self._clock_ms()
+        return self.here
+
+    def by_uuid(self, uuid: str) -> VolumeFacts | None:
+        """The volume here that bears this identity; None also when two do (a copied disk)."""
+        found = [one for one in self.here if one.identity == uuid]
+        return found[0] if len(found) == 1 else None
+
+    def by_name(self, name: str) -> VolumeFacts | None:
+        """The volume here of that name, or mounted at that path."""
+        return next((one for one in self.here if name in (one.name, str(one.path))), None)
+
+    def cloned(self) -> dict[str, list[str]]:
+        """Identities that more than one volume here bears, with their names."""
+        names: dict[str, list[str]] = {}
+        for one in self.here:
+            if one.identity is not None:
+                names.setdefault(one.identity, []).append(one.name)
+        return {uuid: found for uuid, found in names.items() if len(found) > 1}
+
+    def newest_stamp(self) -> Epoch | None:
+        """The highest epoch that a volume here bears."""
+        stamps = [one.stamp for one in self.here if one.stamp is not None]
+        return max(stamps, key=lambda stamp: stamp.number, default=None)
+
+    def pairs(self) -> tuple[Pair, ...]:
+        """All volumes of both nodes, those that belong together as one, by name."""
+        there = list(self.there or ())
+        found = []
+        for one in self.here:
+            other = _counterpart(one, there)
+            if other is not None:
+                there.remove(other)
+            found.append(_pair(one, other))
+        found += [_pair(None, other) for other in there]
+        return tuple(sorted(found, key=lambda pair: pair.name))
+
+
+def _counterpart(one: VolumeFacts, there: list[VolumeFacts]) -> VolumeFacts | None:
+    """By identity; where one side has none, by name."""
+    if one.identity is not None:
+        same = next((other for other in there if other.identity == one.identity), None)
+        if same is not None:
+            return same
+    named = next((other for other in there if other.name == one.name), None)
+    if named is None or (one.identity is not None and named.identity is not None):
+        return None
+    return named
+
+
+def _pair(here: VolumeFacts | None, there: VolumeFacts | None) -> Pair:
+    one = here or there
+    if one is None:
+        raise ValueError("a pair of nothing")
+    differs = volumes.differences(here, there) if here is not None and there is not None else ()
+    identities = {side.identity for side in (here, there) if side is not None}
+    uuid = next((identity for identity in identities if identity is not None), None)
+    if here is not None and there is not None and identities == {uuid} and uuid is not None:
+        paired = "paired"
+    elif uuid is None:
+        paired = "new"
+    elif here is None or here.identity is None:
+        paired = "unpaired-there"
+    else:
+        paired = "unpaired-here"
+    return Pair(one.name, uuid, here, there, paired, differs)

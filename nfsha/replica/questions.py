@@ -1,0 +1,149 @@
+"""How the passive node asks the active one about single files, and how that one answers.
+
+A question travels with the asker's facts, under an id that is its digest; the
+answer lies in the source's control module under a name with that id. Level-triggered: who hears a
+question that is answered already does nothing, who sees no answer asks on until it is too late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from nfsha.replica import suspects, volumes
+from nfsha.replica.durable import read_small, write_durably
+from nfsha.replica.suspects import SuspectAnswer, SuspectError, SuspectQuestion
+from nfsha.replica.volume_facts import VolumeError, VolumeFacts
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN: Final = 4
+ANSWER_WITHIN_S: Final = 120.0
+ASK_EVERY_S: Final = 1.0
+MAX_ANSWER_BYTES: Final = 8 << 20
+_PREFIX: Final = "answer-"
+
+
+def question_id(question: SuspectQuestion) -> str:
+    """The same question has the same id."""
+    text = json.dumps(question.to_json(), sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def answer_name(number: str) -> str:
+    """The file of an answer in the control module."""
+    return f"{_PREFIX}{number}"
+
+
+class Asking:
+    """The questions of the passive node that are not answered yet."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        """`changed`: the facts for the other node say something else now."""
+        self._changed = changed
+        self._open: dict[str, SuspectQuestion] = {}
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """For the facts."""
+        return [
+            {"id": number, "question": question.to_json()}
+            for number, question in sorted(self._open.items())
+        ]
+
+    async def ask(
+        self,
+        question: SuspectQuestion,
+        fetch: Callable[[str], Awaitable[Path | None]],
+    ) -> tuple[SuspectAnswer, ...] | None:
+        """Asks, and waits for the answer; None when none came. `fetch` gets a published file."""
+        number = question_id(question)
+        self._open[number] = question
+        self._changed()
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                while True:
+                    await asyncio.sleep(ASK_EVERY_S)
+                    path = await fetch(answer_name(number))
+                    if path is not None:
+                        return await asyncio.to_thread(_read, path, question)
+        except TimeoutError:
+            return None
+        except SuspectError as error:
+            log.warning("the source's answer is refused: %s", error)
+            return None
+        finally:
+            self._open.pop(number, None)
+            self._changed()
+
+
+def _read(path: Path, question: SuspectQuestion) -> tuple[SuspectAnswer, ...]:
+    try:
+        document = json.loads(read_small(path, MAX_ANSWER_BYTES))
+    except (OSError, ValueError) as error:
+        raise SuspectError(f"it cannot be read: {error}") from error
+    return suspects.answers_from_json(document, question)
+
+
+class Answering:
+    """The active node's answers, in its control module."""
+
+    def __init__(self, public: Path) -> None:
+        self._public = public
+        self._busy: set[str] = set()
+
+    async def heard(self, questions: object, volume: Callable[[str], VolumeFacts | None]) -> None:
+        """Answers what is asked and not answered yet, and forgets what is asked no more.
+
+        `volume` gives the volume here that bears an identity. Malformed questions are logged.
+        """
+        asked = {}
+        for one in questions if isinstance(questions, list) else ():
+            try:
+                question = SuspectQuestion.from_json(one["question"])
+            except (SuspectError, KeyError, TypeError) as error:
+                log.warning("a question of the other node is refused: %s", error)
+                continue
+            asked[question_id(question)] = question
+        for name in await asyncio.to_thread(_answered, self._public):
+            if name not in asked:
+                with contextlib.suppress(FileNotFoundError):
+                    (self._public / answer_name(name)).unlink()
+        for number, question in list(asked.items())[:MAX_OPEN]:
+            if number not in self._busy and not (self._public / answer_name(number)).exists():
+                await self._answer(number, question, volume(question.uuid))
+
+    async def _answer(
+        self, number: str, question: SuspectQuestion, one: VolumeFacts | None
+    ) -> None:
+        if one is None:
+            return
+        self._busy.add(number)
+        try:
+            await asyncio.to_thread(_write, self._public / answer_name(number), one, question)
+        except (VolumeError, OSError) as error:
+            log.warning("volume %s: what the other node asked stays open: %s", one.name, error)
+        finally:
+            self._busy.discard(number)
+
+
+def _answered(public: Path) -> list[str]:
+    if not public.is_dir():
+        return []
+    names = [one.name for one in public.iterdir()]
+    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
+
+
+def _write(path: Path, one: VolumeFacts, question: SuspectQuestion) -> None:
+    root_fd = volumes.open_root(one)
+    try:
+        answers = suspects.answer(root_fd, question)
+    finally:
+        os.close(root_fd)
+    write_durably(path, json.dumps(suspects.answers_to_json(answers)).encode())

@@ -1,0 +1,549 @@
+"""All of one node's replication: which side it is on now, and what it tells and is told.
+
+The decisions are the core's: `follow` takes which way the data may flow after each turn. Towards
+the peer, `serving` runs; from the peer, `fetching`; else neither, and `stop_receivers` proves that
+nothing of this node receives any more. What the other node must know (its volumes, its marks)
+travels as one blob of JSON that the daemon carries both ways.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nfsha.config import IPAddress, Settings
+from nfsha.core.model import Epoch, ReplicaChanged
+from nfsha.core.replication import Fetch, Flow, Offer, Rest
+from nfsha.replica import rsync_version, volumes
+from nfsha.replica.beneath import from_shown
+from nfsha.replica.child import end_leftovers
+from nfsha.replica.clocks import Clocks
+from nfsha.replica.copying import Copy, State
+from nfsha.replica.fetching import Fetching
+from nfsha.replica.inventory import Inventory, Pair
+from nfsha.replica.marks import (
+    Mark,
+    MarksError,
+    MarkStore,
+    mark_as_json,
+    mark_from_json,
+    wholeness,
+)
+from nfsha.replica.pull import From
+from nfsha.replica.quarantine import Quarantine, QuarantineError
+from nfsha.replica.questions import Answering
+from nfsha.replica.schedule import Cause, Kind, Reason
+from nfsha.replica.serving import Serving
+from nfsha.replica.source import Source, epoch_token
+from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json, from_json
+
+log = logging.getLogger(__name__)
+
+RSYNC = "/usr/bin/rsync"
+LOOK_EVERY_S = 5.0
+"""How often the filesystems are looked at while nothing else asks."""
+
+Facts = dict[str, Any]
+
+
+class ReplicaError(Exception):
+    """What an operator asked cannot be done; the text says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The two addresses that the data takes."""
+
+    here: IPAddress
+    there: IPAddress
+
+
+class Replicator:
+    """The replication of this node."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        secret: bytes,
+        ends: Ends,
+        *,
+        clock_ms: Callable[[], int],
+        report: Callable[[ReplicaChanged], None],
+        tell: Callable[[Facts], None],
+        watch: Callable[[asyncio.Task[None]], None],
+    ) -> None:
+        """`report` gives the core what it must know; `tell` carries facts to the other node."""
+        self._settings = settings
+        self._secret = secret
+        self._ends = ends
+        self._report = report
+        self._tell = tell
+        self._watch = watch
+        clocks = Clocks(clock_ms, time.time_ns)
+        runtime, state = settings.paths.runtime, settings.paths.state
+        self.inventory = Inventory(settings.nfs.root, clock_ms)
+        self.store = MarkStore(state / "marks")
+        self.source = Source(
+            runtime / "source", ends.here, settings.sync.port, ends.there, clock_ms
+        )
+        self.serving = Serving(
+            self.inventory,
+            self.source,
+            state / "changes",
+            token=lambda epoch: epoch_token(secret, epoch),
+            clocks=clocks,
+            max_changed_folders=settings.sync.max_changed_folders,
+        )
+        self.fetching = Fetching(
+            settings.sync,
+            self.inventory,
+            self.store,
+            runtime / "fetch",
+            source=self._source_of,
+            clocks=clocks,
+            watch=watch,
+            changed=self._changed,
+        )
+        self.answering = Answering(self.source.public)
+        self.rsync = ""
+        self.warnings: tuple[str, ...] = ()
+        self._flow: Flow = Rest("the daemon is starting")
+        self._epoch: Epoch | None = None
+        self._reported: ReplicaChanged | None = None
+        self._told: Facts | None = None
+        self._bell = asyncio.Event()
+        self._serving_task: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[str] | None = None
+        self._conductor: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        """Kills what a former run left behind, and begins to look at the volumes.
+
+        Raises ReplicaError when rsync is missing or cannot do what a copy needs.
+        """
+        for left in await end_leftovers():
+            log.warning("a process of a former run was still there: %s", left)
+        for folder in (self._settings.paths.state / "changes", self._settings.paths.runtime):
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        found = await rsync_version.check(RSYNC)
+        if found.refused:
+            raise ReplicaError(found.refused)
+        self.rsync, self.warnings = found.version, found.warnings
+        for warning in found.warnings:
+            log.warning("%s", warning)
+        try:
+            lost = await asyncio.to_thread(self.store.load)
+        except MarksError as error:
+            raise ReplicaError(str(error)) from error
+        for trouble in lost:
+            log.error("%s", trouble)
+        self.fetching.start()
+        self._conductor = asyncio.ensure_future(self._conduct())
+        self._watch(self._conductor)
+
+    async def close(self) -> None:
+        """Ends everything; no process is left when it returns."""
+        if self._conductor is not None:
+            self._conductor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._conductor
+        await self.fetching.stop()
+        await self._end_serving()
+
+    # ------------------------------------------------------------- which way
+
+    def follow(self, flow: Flow, epoch: Epoch | None) -> None:
+        """Takes which way data may flow, after each turn; cheap when nothing changed."""
+        if flow == self._flow and epoch == self._epoch:
+            return
+        before, self._flow = self._flow, flow
+        moved = epoch != self._epoch
+        self._epoch = epoch
+        if not _same_side(before, flow):
+            # At once, not in the conductor's next round: what may not run any more is killed now.
+            if isinstance(before, Fetch):
+                self.fetching.may_start = False
+                self._end_fetching()
+            if self._serving_task is not None:
+                self._serving_task.cancel()
+        if isinstance(flow, Fetch):
+            self.fetching.may_start = flow.start
+        if moved:
+            self._changed()
+        self._bell.set()
+
+    async def stop_receivers(self) -> str:
+        """Ends all that receives, and proves it gone; returns what is stuck, or ""."""
+        self._end_fetching()
+        return await self._ended()
+
+    def _end_fetching(self) -> None:
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.ensure_future(self.fetching.end())
+            self._ending.add_done_callback(_log_failure)
+
+    async def _ended(self) -> str:
+        """Waits for the end of all that receives; a second one waits for the same."""
+        ending = self._ending
+        return await asyncio.shield(ending) if ending is not None else ""
+
+    async def _end_serving(self) -> None:
+        task, self._serving_task = self._serving_task, None
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _conduct(self) -> None:
+        """Looks at the volumes from time to time, and keeps the side that runs the right one."""
+        while True:
+            self._bell.clear()
+            await self._take_sides()
+            if not isinstance(self._flow, Offer):  # `serving` looks by itself
+                await self.inventory.look()
+            await self._pair_up()
+            self.fetching.follow_volumes()
+            self._changed()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._bell.wait()
+
+    async def _take_sides(self) -> None:
+        flow = self._flow
+        if not isinstance(flow, Offer) or self.serving.epoch not in (None, flow.epoch):
+            await self._end_serving()
+        if not isinstance(flow, Fetch) or self.fetching.epoch not in (None, flow.epoch):
+            self._end_fetching()
+            await self._ended()
+        if flow != self._flow:
+            return  # it changed meanwhile: the bell has rung
+        if isinstance(flow, Offer) and self._serving_task is None:
+            if self.store.tainted:  # an operator made this data the truth, whatever it is
+                await asyncio.to_thread(self.store.untaint)
+            self._serving_task = asyncio.ensure_future(self.serving.run(flow.epoch))
+            self._watch(self._serving_task)
+        if isinstance(flow, Fetch):
+            self._fetch(flow)
+
+    def _fetch(self, flow: Fetch) -> None:
+        came = flow.start and (self.fetching.epoch != flow.epoch or not self.fetching.may_start)
+        if self.fetching.epoch != flow.epoch:
+            self.fetching.begin(flow.epoch)
+        self.fetching.may_start = flow.start
+        if came:
+            self.fetching.start_all()
+
+    def _source_of(self, epoch: Epoch) -> From:
+        token = epoch_token(self._secret, epoch)
+        return From(str(self._ends.there), self._settings.sync.port, token, str(self._ends.here))
+
+    async def _pair_up(self) -> None:
+        """Gives an empty volume here the identity of the source's volume of the same name."""
+        if not isinstance(self._flow, Fetch):
+            return
+        for pair in self.inventory.pairs():
+            here, there = pair.here, pair.there
+            if here is None or there is None or there.identity is None:
+                continue
+            if here.identity is None and here.empty and not here.failing:
+                await self._adopt(here, there.identity, pair=False)
+
+    async def _adopt(self, here: VolumeFacts, uuid: str, *, pair: bool) -> None:
+        try:
+            await asyncio.to_thread(volumes.write_identity, here, uuid, pair=pair)
+        except (VolumeError, OSError) as error:
+            log.warning("volume %s is not paired: %s", here.name, error)
+            return
+        log.info("volume %s is paired with that of the other node (%s)", here.name, uuid)
+        await self.inventory.look()
+
+    # ------------------------------------------------------------- what is told
+
+    def _changed(self) -> None:
+        """Tells the core and the other node what is new."""
+        found = self._replica()
+        if found is not None and found != self._reported:
+            self._reported = found
+            self._report(found)
+        facts = self._own_facts()
+        if facts != self._told:
+            self._told = facts
+            self._tell(facts)
+
+    def _replica(self) -> ReplicaChanged | None:
+        if self.inventory.looked_ms is None:
+            return None
+        stamp = self.inventory.newest_stamp()
+        if self._epoch is None:
+            return ReplicaChanged(False, "no epoch is known yet", stamp is not None, None, stamp)
+        whole, why = self._wholeness(self._epoch)
+        return ReplicaChanged(whole, why, stamp is not None, self._epoch, stamp)
+
+    def _wholeness(self, epoch: Epoch) -> tuple[bool, str]:
+        if self.inventory.trouble:
+            return False, self.inventory.trouble
+        missing = [uuid for uuid in self.store.own if self.inventory.by_uuid(uuid) is None]
+        if missing:
+            return False, f"a volume that was copied is not mounted here: {', '.join(missing)}"
+        return wholeness(
+            self._paired(), self.store, epoch, time.time_ns(), self._settings.sync.max_data_age_ms
+        )
+
+    def _paired(self) -> Sequence[VolumeFacts]:
+        """Volumes that have a counterpart: told by the other node now, or by a pass of before."""
+        known = self.store.own.keys() | self.store.peer.keys()
+        told = {pair.uuid for pair in self.inventory.pairs() if pair.paired == "paired"}
+        return [
+            one for one in self.inventory.here if one.identity is not None
+            and (one.identity in told or one.identity in known)
+        ]  # fmt: skip
+
+    def _own_facts(self) -> Facts:
+        return {
+            "nfsha_node": 1,
+            "volumes": [as_json(one) for one in self.inventory.here],
+            "marks": [mark_as_json(mark) for mark in self.store.own.values()],
+            "tainted": sorted(self.store.tainted),
+            "questions": self.fetching.asking.as_json(),
+        }
+
+    async def heard(self, facts: object) -> None:
+        """Takes the other node's facts. What is malformed changes nothing, and is logged."""
+        try:
+            there, told = _read_node(facts)
+        except (VolumeError, MarksError) as error:
+            log.warning("the other node's facts are refused: %s", error)
+            return
+        self.inventory.there = there
+        if isinstance(self._flow, Offer):
+            await asyncio.to_thread(self.store.put_peer, told)
+            self.serving.acknowledge(
+                {mark.volume: (mark.changes_id, mark.changes_seq) for mark in told}
+            )
+            if isinstance(facts, Mapping):
+                await self.answering.heard(facts.get("questions"), self.inventory.by_uuid)
+        self._bell.set()
+
+    # ------------------------------------------------------------- for operators
+
+    def facts(self) -> Facts:
+        """Everything that `nfsha volumes` shows."""
+        return {
+            "volumes": [self._volume(pair) for pair in self.inventory.pairs()],
+            "replication": self.side(),
+        }
+
+    def side(self) -> Facts:
+        """Which side this node is on, and why."""
+        flow = self._flow
+        mode = {Offer: "source", Fetch: "target", Rest: "none"}[type(flow)]
+        return {
+            "mode": mode,
+            "why": "" if isinstance(flow, Offer) else flow.why,
+            "source": self.serving.facts(),
+            "paused": self.fetching.schedule.paused,
+            "bandwidth_kib_s": self.fetching.bandwidth_kib_s,
+            "rsync": self.rsync,
+            "warnings": [*self.warnings, *self._troubles()],
+        }
+
+    def _troubles(self) -> list[str]:
+        found = [f"volume {name}: {why}" for name, why in sorted(self.serving.troubles.items())]
+        if self.inventory.trouble:
+            found.append(self.inventory.trouble)
+        return found
+
+    def _volume(self, pair: Pair) -> Facts:
+        copy = self.fetching.copies.get(pair.uuid or "") or Copy(pair.uuid or "")
+        store = self.store.peer if isinstance(self._flow, Offer) else self.store.own
+        mark = store.get(pair.uuid or "")
+        age_ms = None if mark is None else max(0, (time.time_ns() - mark.started_ns) // 1_000_000)
+        next_ms = self.fetching.schedule.next_ms(copy.uuid) if copy.state is not State.OFF else None
+        one = pair.here or pair.there
+        return {
+            "name": pair.name,
+            "path": str(one.path) if one is not None else "",
+            "uuid": pair.uuid,
+            "paired": pair.paired,
+            "here": as_json(pair.here) if pair.here is not None else None,
+            "there": as_json(pair.there) if pair.there is not None else None,
+            "differs": list(pair.differs),
+            "sync": copy.as_json(mark, age_ms, next_ms),
+        }
+
+    def takeover_windows(self) -> list[str]:
+        """Per volume, which writes may be missing if this node takes over now."""
+        now_ns = time.time_ns()
+        found = []
+        for one in self._paired():
+            mark = self.store.own.get(one.identity or "")
+            if mark is None:
+                found.append(f"volume {one.name}: never copied whole")
+                continue
+            age_s = max(0, now_ns - mark.started_ns) / 1e9
+            found.append(
+                f"volume {one.name}: writes of the last {age_s:.1f} s may be missing (the last "
+                f"complete pass began at {_wall(mark.started_ns)} by the source's clock)"
+            )
+        return found
+
+    def _chosen(self, name: str | None) -> list[str]:
+        if not isinstance(self._flow, Fetch):
+            raise ReplicaError(f"nothing is copied to this node now: {self._why_not()}")
+        if name is None:
+            return list(self.fetching.copies)
+        one = self.inventory.by_name(name)
+        if one is None or one.identity not in self.fetching.copies:
+            raise ReplicaError(f"there is no paired volume {name!r} here: see `nfsha volumes`")
+        return [one.identity]
+
+    def _why_not(self) -> str:
+        if isinstance(self._flow, Offer):
+            return "it serves, run this on the other node"
+        return self._flow.why
+
+    async def sync(
+        self,
+        name: str | None,
+        *,
+        full: bool = False,
+        verify: bool = False,
+        accept_deletes: str | None = None,
+        wait: bool = False,
+    ) -> list[asyncio.Task[bool]]:
+        """Asks for a pass of one volume, or of all; with `wait`, what is done as each has ended."""
+        chosen = self._chosen(name)
+        if accept_deletes is not None:
+            self._accept(chosen, accept_deletes)
+        kind = Kind.VERIFY if verify else Kind.FULL if full else Kind.ORDINARY
+        reason = Reason(Cause.COMMAND, kind)
+        schedule = self.fetching.schedule
+        if wait:
+            return [asyncio.ensure_future(schedule.make(uuid, reason)) for uuid in chosen]
+        for uuid in chosen:
+            schedule.trigger(uuid, reason)
+        return []
+
+    def _accept(self, chosen: Sequence[str], accepted: str) -> None:
+        for uuid in chosen:
+            copy = self.fetching.copies[uuid]
+            if copy.plan is not None and copy.plan.hash == accepted:
+                copy.accepted = accepted
+                return
+        raise ReplicaError(
+            f"no held deletions have the plan {accepted!r} now: `nfsha volumes` names the plan"
+        )
+
+    def results(self, chosen: Sequence[str]) -> list[Facts]:
+        """How the copies of these volumes stand."""
+        return [
+            {"name": self._name(uuid), "state": str(copy.state), "why": copy.why}
+            for uuid in chosen
+            if (copy := self.fetching.copies.get(uuid)) is not None
+        ]
+
+    def chosen(self, name: str | None) -> list[str]:
+        """The identities of the named volume, or of all that are copied here. Raises."""
+        return self._chosen(name)
+
+    def _name(self, uuid: str) -> str:
+        one = self.inventory.by_uuid(uuid)
+        return one.name if one is not None else uuid
+
+    def pause(self, *, on: bool) -> None:
+        """Holds all scheduled passes back, or lets them go on."""
+        if on:
+            self.fetching.schedule.pause()
+        else:
+            self.fetching.schedule.resume()
+
+    async def set_bandwidth(self, kib_s: int | None, *, default: bool) -> None:
+        """Limits each transfer from now on; None: not at all."""
+        await self.fetching.set_bandwidth(kib_s, default=default)
+
+    async def pair(self, name: str) -> str:
+        """Pairs a volume here, which may hold data, with the other node's of the same name."""
+        pair = next((one for one in self.inventory.pairs() if one.name == name), None)
+        if pair is None or pair.here is None or pair.there is None:
+            raise ReplicaError(f"there is no volume {name!r} on both nodes: see `nfsha volumes`")
+        if pair.paired == "paired":
+            return f"volume {name} is paired already"
+        if pair.there.identity is None:
+            raise ReplicaError(
+                f"the other node's volume {name!r} has no identity yet: it gets one once that node "
+                "serves"
+            )
+        if pair.here.identity is not None:
+            raise ReplicaError(
+                f"volume {name!r} bears another identity here: it belonged to another pair. If its "
+                f"data may go to quarantine, remove {pair.here.path}/.nfsha-volume and repeat"
+            )
+        await self._adopt(pair.here, pair.there.identity, pair=True)
+        self._bell.set()
+        return f"volume {name} is paired: what lies there goes to quarantine as it is replaced"
+
+    # ------------------------------------------------------------- quarantine
+
+    async def quarantine(self, volume: str | None, call: Callable[[Quarantine], Any]) -> Facts:
+        """Does something with the quarantine of one volume here, or of all that have an identity.
+
+        Returns the answers by the volume's name. Raises ReplicaError and QuarantineError.
+        """
+        wanted = [one for one in self.inventory.here if volume in (None, one.name, str(one.path))]
+        if volume is not None and not wanted:
+            raise ReplicaError(f"there is no volume {volume!r} here: see `nfsha volumes`")
+        found = {}
+        for one in wanted:
+            found[one.name] = await asyncio.to_thread(_in_quarantine, one, call)
+        return found
+
+    @property
+    def serves(self) -> bool:
+        """This node is the source now: what is restored here is seen by clients."""
+        return isinstance(self._flow, Offer)
+
+
+def _in_quarantine(one: VolumeFacts, call: Callable[[Quarantine], Any]) -> Any:  # noqa: ANN401
+    root_fd = volumes.open_root(one)
+    try:
+        return call(Quarantine(root_fd))
+    finally:
+        os.close(root_fd)
+
+
+def _same_side(one: Flow, other: Flow) -> bool:
+    if isinstance(one, Rest) or isinstance(other, Rest):
+        return isinstance(one, Rest) and isinstance(other, Rest)
+    return type(one) is type(other) and one.epoch == other.epoch
+
+
+def _log_failure(task: asyncio.Task[str]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the passes could not be ended: %s", error)
+
+
+def _wall(moment_ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment_ns / 1e9))
+
+
+def _read_node(facts: object) -> tuple[tuple[VolumeFacts, ...], list[Mark]]:
+    if not isinstance(facts, Mapping) or facts.get("nfsha_node") != 1:
+        raise VolumeError("they are of another version of nfsha")
+    listed, told = facts.get("volumes"), facts.get("marks")
+    if not isinstance(listed, list) or not isinstance(told, list):
+        raise VolumeError("they are incomplete")
+    return (
+        tuple(from_json(one) for one in listed),
+        [mark_from_json(one) for one in told],
+    )
+
+
+__all__ = ["Ends", "QuarantineError", "ReplicaError", "Replicator", "from_shown"]
