@@ -129,17 +129,25 @@ def _rate(text: str) -> int | str:
         ) from None
 
 
-def _name(text: str) -> str:
-    """The name of a volume or a file, in the spelling of the screens, for argparse."""
-    try:
-        return replicate.spelled(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{error}: names are typed as they are shown, a backslash itself as \\x5c"
-        ) from None
+def _named(read: Callable[[str], str]) -> Callable[[str], str]:
+    """A name in the spelling of the screens, for argparse."""
+
+    def name(text: str) -> str:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{error}: names are typed as they are shown, a backslash itself as \\x5c"
+            ) from None
+
+    return name
 
 
-VOLUME = Option(("--volume",), "of this volume only", {"metavar": "VOLUME", "type": _name})
+_FILE = _named(replicate.file_name)
+_VOLUME = _named(replicate.volume_name)
+
+
+VOLUME = Option(("--volume",), "of this volume only", {"metavar": "VOLUME", "type": _VOLUME})
 ENTRY = Option(("entry",), "the entry, as `quarantine list` names it", {"metavar": "ENTRY"})
 
 LOOK = "Look"
@@ -178,7 +186,7 @@ COMMANDS: tuple[Command, ...] = (
         "nfsha volumes pair data", replicate.pair,
         (
             Option(("volume",), "its path below nfs.root, as `nfsha volumes` shows it",
-                   {"metavar": "VOLUME", "type": _name}),
+                   {"metavar": "VOLUME", "type": _VOLUME}),
             YES, CONFIG, SOCKET,
         ),
         "For volumes that hold data on both nodes; an empty one is paired by itself.",
@@ -188,7 +196,7 @@ COMMANDS: tuple[Command, ...] = (
         "nfsha sync data --wait", replicate.sync,
         (
             Option(("volume",), "only this one", {"metavar": "VOLUME", "nargs": "?",
-                                                  "type": _name}),
+                                                  "type": _VOLUME}),
             Option(("--wait",), "show the passes until they have ended", FLAG),
             Option(("--full",), "look at every folder, not only at those that changed", FLAG),
             Option(("--verify",), "compare all contents by checksum, too", FLAG),
@@ -218,8 +226,8 @@ COMMANDS: tuple[Command, ...] = (
         (
             ENTRY,
             Option(("-n", "--count"), "how many (default: 1000)",
-                   {"metavar": "N", "type": _number(1, 10_000), "default": 1000}),
-            Option(("--after",), "go on behind this path", {"metavar": "PATH", "type": _name}),
+                   {"metavar": "N", "type": _number(1, 1000), "default": 1000}),
+            Option(("--after",), "go on behind this path", {"metavar": "PATH", "type": _FILE}),
             VOLUME, CONFIG, SOCKET,
         ),
     ),
@@ -230,9 +238,9 @@ COMMANDS: tuple[Command, ...] = (
         (
             ENTRY,
             Option(("path",), "only these (a folder: all below it), spelled as they are shown",
-                   {"metavar": "PATH", "nargs": "*", "type": _name}),
+                   {"metavar": "PATH", "nargs": "*", "type": _FILE}),
             Option(("--to",), "below this folder of the same volume, not at their own places",
-                   {"metavar": "FOLDER", "type": _name}, "place"),
+                   {"metavar": "FOLDER", "type": _FILE}, "place"),
             Option(("--beside",), "under another name where something has come in their place",
                    FLAG, "place"),
             VOLUME, CONFIG, SOCKET,

@@ -53,7 +53,7 @@ def follow_events(path: Path, count: int) -> Iterator[Facts]:
     try:
         yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream("follow", {"n": count})
     except control.CommandError as error:
-        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+        raise _no(error) from error
     except control.ControlError as error:
         raise CommandError(Exit.UNREACHABLE, str(error)) from error
 
@@ -100,7 +100,7 @@ def sync_and_wait(path: Path, args: Mapping[str, object]) -> Iterator[Facts]:
     try:
         yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream("sync-wait", args)
     except control.CommandError as error:
-        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+        raise _no(error) from error
     except control.ControlError as error:
         raise CommandError(Exit.UNREACHABLE, str(error)) from error
 
@@ -118,10 +118,17 @@ def answers(path: Path) -> bool:
     return True
 
 
+def _no(error: control.CommandError) -> CommandError:
+    """The daemon's no: a guard's (`refused` in the details), or that it cannot."""
+    if error.details.get("refused") is True:
+        return CommandError(Exit.REFUSED, f"refused: {error}", data=error.details)
+    return CommandError(Exit.CANNOT, str(error), data=error.details)
+
+
 def _call(path: Path, name: str, args: Mapping[str, object]) -> Facts:
     try:
         return control.ControlClient(path, timeout_s=TIMEOUT_S).call(name, args)
     except control.CommandError as error:
-        raise CommandError(Exit.CANNOT, str(error), data=error.details) from error
+        raise _no(error) from error
     except control.ControlError as error:
         raise CommandError(Exit.UNREACHABLE, str(error)) from error

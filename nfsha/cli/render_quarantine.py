@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
-from nfsha.cli.words import Facts, count, moment, paragraph, printable, size
+from nfsha.cli.words import Facts, count, moment, paragraph, printable, size, spelled
 
 _SHOWN: Final = 20
 
@@ -32,7 +32,7 @@ def _volume(used: Facts, listed: list[Facts]) -> Iterator[str]:
     if not listed and not used.get("over"):
         return
     amount = f"{count(used['entries'], 'entry')}, {size(used['bytes'])}"
-    yield paragraph(f"{used['volume']}: {amount}", indent=2)
+    yield paragraph(f"{spelled(used['volume'])}: {amount}", indent=2)
     if used.get("over"):
         yield paragraph(f"  OVER ITS LIMIT: {used['over']}", indent=4)
     for one in listed:

@@ -25,6 +25,7 @@ from nfsha.cli.words import (
     paragraph,
     printable,
     size,
+    spelled,
 )
 
 _BAR: Final = 20
@@ -121,7 +122,7 @@ def _remarks(facts: Facts) -> Iterator[str]:
 
 
 def _volume(one: Facts, style: Style) -> Iterator[str]:
-    name = printable(one["name"])
+    name = spelled(one["name"])
     first, *rest = paragraph(f"{name}: {'; '.join(_gist(one))}", indent=2).splitlines()
     colour = BOLD + (RED if _in_trouble(one) else "")
     yield style.paint(first[: len(name)], colour) + first[len(name) :]
@@ -305,7 +306,7 @@ def _pairing_step(one: Facts, name: str) -> str:
 
 def word(one: Facts) -> str:
     """The volume's name as one types it in a shell."""
-    return shlex.quote(printable(one["name"]))
+    return shlex.quote(spelled(one["name"]))
 
 
 # --------------------------------------------------------------------------- in brief
@@ -325,7 +326,7 @@ def brief_line(one: Facts) -> str:
     words = list(_gist(one))
     if one.get("paired") == "paired":
         words = words[1:]
-    told = f"{printable(one['name'])}: {', '.join(words)}"
+    told = f"{spelled(one['name'])}: {', '.join(words)}"
     running = get(one, "sync", "progress")
     if running:
         told += f" {progress({**running, 'files': None})}"
@@ -344,7 +345,7 @@ def passes(listed: Sequence[Facts], style: Style) -> str:
 
 def finished(one: Facts) -> str:
     """How the pass of a volume that was waited for has ended."""
-    name, last = printable(one["name"]), get(one, "sync", "last")
+    name, last = spelled(one["name"]), get(one, "sync", "last")
     if _in_trouble(one) or not last:
         return paragraph(brief_line(one), indent=2)
     return paragraph(f"{name}: {_pass(last)}", indent=2)

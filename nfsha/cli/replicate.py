@@ -17,7 +17,7 @@ from typing import Any, Final
 from nfsha.cli import client, render_quarantine, render_volumes, watch
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.operate import confirm
-from nfsha.cli.words import get, printable, size
+from nfsha.cli.words import get, printable, size, spelled
 from nfsha.replica.beneath import from_shown, shown
 
 DEFAULT: Final = "default"
@@ -28,7 +28,7 @@ _MIN_PLAN_DIGITS: Final = 8
 Facts = Mapping[str, Any]
 
 
-def spelled(text: str) -> str:
+def file_name(text: str) -> str:
     """A name as it was typed, in the spelling of the screens: backslashes are its own.
 
     Raises ValueError for a backslash with anything else than x and two hex digits.
@@ -36,6 +36,11 @@ def spelled(text: str) -> str:
     safe = "".join(one if one == "\\" else shown(os.fsencode(one)) for one in text)
     from_shown(safe)
     return safe
+
+
+def volume_name(text: str) -> str:
+    """A volume's name as it was typed, as Python has it: the daemon compares it. ValueError."""
+    return os.fsdecode(from_shown(file_name(text)))
 
 
 # --------------------------------------------------------------------------- passes
@@ -83,16 +88,12 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
     plans = {
         one["name"]: str(plan["hash"])
         for one in client.volumes(path)["volumes"]
-        if (plan := get(one, "sync", "plan"))
+        if (plan := get(one, "sync", "plan")) and volume in (None, one["name"], one.get("path"))
     }
-    found = [
-        (name, plan)
-        for name, plan in plans.items()
-        if plan.startswith(digits) and volume in (None, name)
-    ]
+    found = [(name, plan) for name, plan in plans.items() if plan.startswith(digits)]
     if len(found) == 1:
         return found[0]
-    held = ", ".join(f"{plan[:12]} of {name}" for name, plan in plans.items())
+    held = ", ".join(f"{plan[:12]} of {spelled(name)}" for name, plan in plans.items())
     raise CommandError(
         Exit.REFUSED,
         printable(f"{'several plans are' if found else 'no plan is'} named {digits}"),
@@ -103,7 +104,7 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
 def _begin(path: Path, request: Facts) -> Answer:
     answer = client.ask(path, "sync", request)
     lines = [
-        f"{printable(one['name'])}: {one['state']}" + (f": {one['why']}" if one["why"] else "")
+        f"{spelled(one['name'])}: {one['state']}" + (f": {one['why']}" if one["why"] else "")
         for one in answer["volumes"]
     ]
     refused = [one for one in answer["volumes"] if one["state"] == "refused"]
@@ -147,7 +148,7 @@ def _news(listed: Iterable[Facts], told: dict[str, str]) -> Iterator[str]:
         state = render_volumes.state({**one, "sync": {**one["sync"], "next_ms": None}})
         if told.get(one["name"]) != state:
             told[one["name"]] = state
-            yield printable(f"{one['name']}: {state}")
+            yield f"{spelled(one['name'])}: {printable(state)}"
 
 
 def _waited(last: Facts) -> Answer:
@@ -155,7 +156,7 @@ def _waited(last: Facts) -> Answer:
     if last["ok"]:
         lines = [render_volumes.finished(one) for one in listed]
         return Answer("\n".join([*lines, *_said(last)]) or "done", last)
-    if last.get("refused"):
+    if last.get("refused") and not any(get(one, "sync", "state") == "held" for one in listed):
         raise CommandError(Exit.REFUSED, f"refused: {last['why']}", data=last)
     steps = [step for one in listed if (step := render_volumes.step_for(one))]
     raise CommandError(
@@ -172,9 +173,9 @@ def pair(args: argparse.Namespace) -> Answer:
     confirm(
         args,
         path,
-        f"The volumes {args.volume} of both nodes will be one pair. The one on the node that does "
-        "not serve is then made equal to the other one: what is only there, or newer there, goes "
-        "to its quarantine.",
+        f"The volumes {spelled(args.volume)} of both nodes will be one pair. The one on the node "
+        "that does not serve is then made equal to the other one: what is only there, or newer "
+        "there, goes to its quarantine.",
     )
     return _done(client.ask(path, "volumes-pair", {"volume": args.volume}), "done")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
+
+from nfsha.replica.beneath import shown
 
 WIDTH: Final = 80
 _LABEL: Final = 13
@@ -62,6 +65,14 @@ def ago(ms: int | None) -> str:
 def printable(text: object) -> str:
     """The text with everything a terminal might obey replaced."""
     return "".join(one if one.isprintable() else "?" for one in str(text))
+
+
+def spelled(name: str) -> str:
+    """A volume's name, as Python has it (os.fsdecode), in the spelling that commands take back."""
+    try:
+        return shown(os.fsencode(name))
+    except UnicodeEncodeError:  # no name that a filesystem here could have
+        return printable(name)
 
 
 def size(amount_bytes: float) -> str:

@@ -303,10 +303,15 @@ def test_counts_moments_and_bars() -> None:
 @example("a\nb\\c\x1b")
 @example("\udcff")
 def test_a_name_is_taken_back_as_it_was_shown(name: str) -> None:
-    raw = os.fsencode(name)
-    assert from_shown(replicate.spelled(shown(raw))) == raw
+    assert words.spelled(name).isprintable()
+    assert replicate.volume_name(words.spelled(name)) == os.fsdecode(os.fsencode(name))
+    assert from_shown(replicate.file_name(shown(os.fsencode(name)))) == os.fsencode(name)
     if "\\" not in name:  # what the shell's completion types is taken too
-        assert from_shown(replicate.spelled(name)) == raw
+        assert from_shown(replicate.file_name(name)) == os.fsencode(name)
+
+
+def test_a_name_that_no_file_can_have_is_shown_all_the_same() -> None:
+    assert words.spelled("a\ud800") == "a?"
 
 
 # --------------------------------------------------------------------------- commands
@@ -392,7 +397,7 @@ BEGUN = {
         (["sync"], NOTHING),
         (["sync", "data"], NOTHING | {"volume": "data"}),
         (["sync", "--full", "--verify"], NOTHING | {"full": True, "verify": True}),
-        (["sync", "a\nb\\x5c"], NOTHING | {"volume": "a\\x0ab\\x5c"}),
+        (["sync", "a\nb\\x5c\\xff"], NOTHING | {"volume": "a\nb\\\udcff"}),
         (
             ["sync", "--accept-deletes", "1a2b3c4d"],
             NOTHING | {"volume": "mail store", "accept_deletes": PLAN["hash"]},
@@ -422,6 +427,17 @@ def test_passes_that_are_refused(daemon: Daemon, capsys: Said) -> None:
     some["volumes"] = some["volumes"][1:]
     assert main(["sync", "mail", "--json"]) == Exit.REFUSED
     assert json.loads(said(capsys)[0])["volumes"] == some["volumes"]
+
+
+def test_a_guard_of_the_daemon_is_a_refusal(daemon: Daemon, capsys: Said) -> None:
+    no = control.CommandError("it serves, run this on the other node", {"refused": True})
+    daemon.answers["sync"] = no
+    assert main(["sync"]) == Exit.REFUSED
+    assert said(capsys)[1] == "nfsha: refused: it serves, run this on the other node\n"
+    daemon.stream = [no]
+    assert main(["sync", "--wait"]) == Exit.REFUSED
+    daemon.answers["sync"] = control.CommandError("still starting")
+    assert main(["sync"]) == Exit.CANNOT
 
 
 @pytest.mark.parametrize(
@@ -503,7 +519,13 @@ def test_waiting_on_a_terminal_shows_the_progress(
     ("last", "code", "told"),
     [
         (
-            {"done": True, "ok": False, "why": "deletions are held", "volumes": [held()]},
+            {
+                "done": True,
+                "ok": False,
+                "refused": True,
+                "why": "deletions are held",
+                "volumes": [held()],
+            },
             Exit.INCOMPLETE,
             "nfsha: not complete: deletions are held; find out who deleted these files",
         ),
