@@ -58,7 +58,7 @@ END_WITHIN_S: Final = 5.0
 _MIN_SLICE_BYTES: Final = 1 << 20
 _SLICE_S: Final = 10  # at a limited rate, a slice reads about as long as this
 _SLOWEST_BYTES_S: Final = 5_000_000  # a disk that reads a large file slower than this is broken
-_OWN: Final = frozenset(OWN_ROOT_NAMES)
+_OWN_PREFIX: Final = b".nfsha-"  # in the root; `SuspectQuestion` takes no such name
 # A regular file whose content differs (c), size and mtime not (`man rsync`, --itemize-changes).
 _DIFFERS: Final = re.compile(rb">fc\.\..{6} (.+)", re.S)
 
@@ -296,7 +296,7 @@ class Verify:
         suspects = second.suspects
         question = SuspectQuestion(self._request.uuid, suspects)
         theirs = await helpers.ask(question) if suspects else ()
-        if theirs is None:
+        if theirs is None or tuple(one.name for one in theirs) != suspects:
             return _outcome(first, Verdict.RETRY, "the source told nothing about the suspects")
         ours = await asyncio.to_thread(answer, self._request.root_fd, question)
         judgement = classify(
@@ -542,7 +542,7 @@ def _files(root_fd: int, trouble: Callable[[str], None]) -> Iterator[tuple[bytes
             with beneath.folder_at(root_fd, folder.rstrip(b"/")) as fd, os.scandir(fd) as entries:
                 for entry in entries:
                     name = os.fsencode(entry.name)
-                    if name == PARTIAL_NAME or (not folder and name in _OWN):
+                    if name == PARTIAL_NAME or (not folder and _is_own(name)):
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(folder + name + b"/")
@@ -550,15 +550,21 @@ def _files(root_fd: int, trouble: Callable[[str], None]) -> Iterator[tuple[bytes
                         yield from _sized(folder, name, fd)
         except (FileNotFoundError, NotADirectoryError):
             continue  # gone meanwhile
+        except ValueError as error:  # deeper than a path may be: no pass brought it here
+            trouble(f"{shown(folder)[:200]}...: {error}")
         except OSError as error:
             if error.errno != errno.EXDEV:  # another filesystem is a volume of its own
                 trouble(f"{shown(folder) or 'the root'}: {error.strerror}")
 
 
+def _is_own(name: bytes) -> bool:
+    return name in OWN_ROOT_NAMES or name.startswith(_OWN_PREFIX)
+
+
 def _sized(folder: bytes, name: bytes, fd: int) -> Iterator[tuple[bytes, int]]:
     with contextlib.suppress(FileNotFoundError):
         size = os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
-        if size:
+        if size and len(folder) + len(name) <= beneath.MAX_NAME_BYTES:
             yield folder + name, size
 
 
