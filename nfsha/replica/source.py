@@ -154,8 +154,9 @@ class _Offer:
 class Source:
     """One rsync daemon on `listen`:`port` for `peer`. Its files are in `folder` (made if missing).
 
-    `folder` is in nfsha's runtime folder and nobody else's; its name stands in rsyncd.conf and in a
-    shell's command, and so may have only letters, digits and ._+-. `clock_ms` is CLOCK_BOOTTIME. `serve` and `stop` may be called at any time, in any order.
+    `folder` is in nfsha's runtime folder and nobody else's. Its name stands in rsyncd.conf and in a
+    shell's command, and so may have only letters, digits and ._+-. `clock_ms` is CLOCK_BOOTTIME.
+    `serve` and `stop` may be called at any time, in any order.
     """
 
     def __init__(

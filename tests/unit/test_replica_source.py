@@ -1,0 +1,101 @@
+"""What stands in rsyncd.conf, and whose credentials are whose."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nfsha.core.model import Epoch, Role
+from nfsha.replica.source import (
+    EpochToken,
+    PathRefusedError,
+    Source,
+    SourceVolume,
+    _Offer,
+    config_path,
+    epoch_token,
+)
+
+EPOCH = Epoch(7, "0123456789abcdef", Role.STANDBY)
+UUID = "12345678-1234-1234-1234-123456789abc"
+OTHER = "22345678-1234-1234-1234-123456789abc"
+
+
+def test_a_token_is_the_epochs_and_the_keys() -> None:
+    token = epoch_token(b"k" * 32, EPOCH)
+    assert token.user == "nfsha-7-0123456789abcdef"
+    message = b"nfsha replication\x007" + b"0123456789abcdef"
+    assert token.password == hmac.new(b"k" * 32, message, hashlib.sha256).hexdigest()
+    others = [
+        epoch_token(b"K" * 32, EPOCH),
+        epoch_token(b"k" * 32, Epoch(8, EPOCH.id, EPOCH.authority)),
+        epoch_token(b"k" * 32, Epoch(7, "0123456789abcdee", EPOCH.authority)),
+    ]
+    assert len({token.password, *(other.password for other in others)}) == 4
+    assert token.password not in repr(token)
+
+
+@pytest.mark.parametrize(
+    ("path", "written"),
+    [
+        ("/nfs/a", b"/nfs/a/"),
+        ("/nfs/two words ", b"/nfs/two words /"),
+        ("/nfs/back\\", b"/nfs/back\\/"),
+        ("/nfs/#no comment", b"/nfs/#no comment/"),
+        ("/nfs/100%", b"/nfs/100%/"),
+        ("/nfs/[x]", b"/nfs/[x]/"),
+        ("/nfs/\udcff", b"/nfs/\xff/"),
+    ],
+)
+def test_odd_paths_are_written_so_that_rsync_reads_them_back(path: str, written: bytes) -> None:
+    assert config_path(Path(path)) == written
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nfs/a\nb", "/nfs/a\rb", "/nfs/\x7f", "nfs", "/nfs/../etc", "/nfs/%HOME%", "/" + "x" * 4001],
+)
+def test_paths_that_rsync_would_read_otherwise_are_refused(path: str) -> None:
+    with pytest.raises(PathRefusedError):
+        config_path(Path(path))
+
+
+@given(st.text(max_size=60))
+def test_no_path_can_add_a_line(name: str) -> None:
+    try:
+        written = config_path(Path("/nfs") / name.replace("\0", ""))
+    except (PathRefusedError, UnicodeEncodeError):
+        return
+    assert len((b"path = " + written).splitlines()) == 1
+    assert written.strip(b" \t") == written
+    assert not written.endswith(b"\\")
+
+
+@pytest.mark.parametrize("folder", ["/run/two words", "/run/$(x)", "relative", "/run/%HOME%"])
+def test_a_folder_that_a_shell_would_read_otherwise_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits"):
+        Source(Path(folder), "127.0.0.1", 7911, "127.0.0.2", lambda: 0)
+
+
+@pytest.mark.parametrize("peer", ["*", "example.org", "10.0.0.0/8", ""])
+def test_the_peer_is_one_address(peer: str) -> None:
+    with pytest.raises(ValueError, match="address"):
+        Source(Path("/run/x"), "127.0.0.1", 7911, peer, lambda: 0)
+
+
+def test_only_a_larger_offer_under_the_same_token_lets_connections_go_on() -> None:
+    token, later = EpochToken("a", "b"), EpochToken("c", "d")
+    one, two = SourceVolume(UUID, Path("/nfs/a")), SourceVolume(OTHER, Path("/nfs/b"))
+    moved = SourceVolume(UUID, Path("/nfs/c"))
+    small, large = _Offer(token, {one: 7}), _Offer(token, {one: 7, two: 8})
+    assert small.is_within(small)
+    assert small.is_within(large)
+    assert not large.is_within(small)
+    assert not small.is_within(_Offer(later, {one: 7}))
+    assert not small.is_within(_Offer(token, {one: 9}))
+    assert not small.is_within(_Offer(token, {moved: 7}))
