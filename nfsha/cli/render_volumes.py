@@ -142,6 +142,9 @@ def _gist(one: Facts) -> Iterator[str]:
 
 def pairing(one: Facts) -> str:
     """Whether both nodes' volumes of this name belong together."""
+    refused = get(one, "here", "refused") or get(one, "there", "refused")
+    if refused:
+        return f"cannot be a volume: {refused}"
     paired = one.get("paired")
     if "here" in one and one["here"] is None and paired != _STRANGERS:
         return "UNPAIRED, only the other node has it"
@@ -154,7 +157,8 @@ def state(one: Facts) -> str:
     """What happens with the volume now, in words."""
     sync = one.get("sync") or {}
     if sync.get("state") == "running":
-        return _STAGES.get(str(get(sync, "progress", "stage")), "a pass runs")
+        words = "DELETIONS HELD, " if sync.get("plan") else ""
+        return words + _STAGES.get(str(get(sync, "progress", "stage")), "a pass runs")
     words = _STATES.get(str(sync.get("state")), "state unknown")
     if sync.get("why"):
         words += f": {sync['why']}"
@@ -163,8 +167,13 @@ def state(one: Facts) -> str:
     return words
 
 
+def held(one: Facts) -> bool:
+    """Deletions wait for the operator; also while a pass of the volume runs."""
+    return get(one, "sync", "state") == "held" or bool(get(one, "sync", "plan"))
+
+
 def _in_trouble(one: Facts) -> bool:
-    return "UNPAIRED" in pairing(one) or get(one, "sync", "state") in _TROUBLE
+    return "UNPAIRED" in pairing(one) or held(one) or get(one, "sync", "state") in _TROUBLE
 
 
 def _lines(one: Facts) -> Iterator[tuple[str, str]]:
@@ -201,7 +210,7 @@ def _place(facts: Facts | None) -> str:
     if facts.get("failing"):
         words.append(f"FAILING: {facts['failing']}")
     if facts.get("refused"):
-        words.append(f"REFUSED: {facts['refused']}")
+        words.append("REFUSED")
     words.append(f"stamp {epoch_text(facts.get('stamp'))}")
     return ", ".join(words)
 
@@ -278,7 +287,7 @@ def _next(answer: Facts, listed: Sequence[Facts]) -> str:
 def step_for(one: Facts) -> str:
     """What an operator should do about this volume; empty when nothing."""
     name = word(one)
-    if get(one, "sync", "state") == "held":
+    if held(one):
         plan = get(one, "sync", "plan") or {}
         return (
             f"find out who deleted these files; if rightly: `nfsha sync {name} --accept-deletes"
@@ -330,7 +339,7 @@ def brief_line(one: Facts) -> str:
     running = get(one, "sync", "progress")
     if running:
         told += f" {progress({**running, 'files': None})}"
-    step = step_for(one) if get(one, "sync", "state") == "held" else ""
+    step = step_for(one) if held(one) else ""
     return f"{told}; {step}" if step else told
 
 

@@ -24,6 +24,7 @@ DEFAULT: Final = "default"
 UNLIMITED: Final = "unlimited"
 
 _MIN_PLAN_DIGITS: Final = 8
+_UNDER_WAY: Final = ("planned", "running")
 
 Facts = Mapping[str, Any]
 
@@ -103,10 +104,7 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
 
 def _begin(path: Path, request: Facts) -> Answer:
     answer = client.ask(path, "sync", request)
-    lines = [
-        f"{spelled(one['name'])}: {one['state']}" + (f": {one['why']}" if one["why"] else "")
-        for one in answer["volumes"]
-    ]
+    lines = [f"{spelled(one['name'])}: {_begun(one)}" for one in answer["volumes"]]
     refused = [one for one in answer["volumes"] if one["state"] == "refused"]
     if refused:
         raise CommandError(
@@ -116,6 +114,13 @@ def _begin(path: Path, request: Facts) -> Answer:
             answer,
         )
     return Answer("\n".join([*map(printable, lines), *_said(answer)]), answer)
+
+
+def _begun(one: Facts) -> str:
+    """What became of the request for one volume; a state of before it says nothing of it."""
+    if one["state"] not in (*_UNDER_WAY, "refused"):
+        return "asked for"
+    return f"{one['state']}: {one['why']}" if one["why"] else str(one["state"])
 
 
 def _said(answer: Facts) -> list[str]:
@@ -143,10 +148,10 @@ def _wait(args: argparse.Namespace, path: Path, request: Facts) -> Answer:
 
 
 def _news(listed: Iterable[Facts], told: dict[str, str]) -> Iterator[str]:
-    """One line for each volume whose state has changed since it was told."""
+    """One line for each volume with which something else happens than was told."""
     for one in listed:
         state = render_volumes.state({**one, "sync": {**one["sync"], "next_ms": None}})
-        if told.get(one["name"]) != state:
+        if one["sync"]["state"] in _UNDER_WAY and told.get(one["name"]) != state:
             told[one["name"]] = state
             yield f"{spelled(one['name'])}: {printable(state)}"
 
@@ -156,7 +161,7 @@ def _waited(last: Facts) -> Answer:
     if last["ok"]:
         lines = [render_volumes.finished(one) for one in listed]
         return Answer("\n".join([*lines, *_said(last)]) or "done", last)
-    if last.get("refused") and not any(get(one, "sync", "state") == "held" for one in listed):
+    if last.get("refused") and not any(map(render_volumes.held, listed)):
         raise CommandError(Exit.REFUSED, f"refused: {last['why']}", data=last)
     steps = [step for one in listed if (step := render_volumes.step_for(one))]
     raise CommandError(

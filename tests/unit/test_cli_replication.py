@@ -230,6 +230,19 @@ def test_the_most_pressing_comes_last_and_once() -> None:
     assert paused.endswith("`nfsha sync --resume` when the work is done")
 
 
+def test_held_deletions_are_told_while_a_pass_runs_too() -> None:
+    one = held()
+    one["sync"] |= {"state": "running", "why": "a pass by schedule"}
+    assert render_volumes.state(one) == "DELETIONS HELD, a pass runs"
+    assert "--accept-deletes 1a2b3c4d5e6f" in render_volumes.brief_line(one)
+
+
+def test_what_cannot_be_a_volume_says_why() -> None:
+    one = volume(".") | {"here": place(refused="tmpfs loses its content at a reboot")}
+    told = render_volumes.volumes(answer(one), Style())
+    assert ".: cannot be a volume: tmpfs loses its content at a reboot;" in told
+
+
 def test_two_volumes_of_one_name_with_different_identities() -> None:
     here, there = lonely("here"), lonely("there")
     text = render_volumes.volumes(answer(here | {"name": "x"}, there | {"name": "x"}), Style())
@@ -387,6 +400,7 @@ BEGUN = {
     "volumes": [
         {"name": "data", "state": "planned", "why": ""},
         {"name": "mail", "state": "running", "why": "a pass runs already"},
+        {"name": "old", "state": "held", "why": "of before"},
     ],
 }  # fmt: skip
 
@@ -411,7 +425,7 @@ BEGUN = {
 def test_passes_are_begun(daemon: Daemon, command: list[str], sent: Facts, capsys: Said) -> None:
     daemon.answers["sync"] = BEGUN
     assert main(command) == Exit.DONE
-    assert said(capsys)[0] == "data: planned\nmail: running: a pass runs already\n"
+    assert said(capsys)[0] == "data: planned\nmail: running: a pass runs already\nold: asked for\n"
     assert daemon.asked[-1] == ("sync", sent)
 
 
@@ -424,7 +438,7 @@ def test_passes_that_are_refused(daemon: Daemon, capsys: Said) -> None:
     daemon.answers["sync"] = some
     assert main(["sync"]) == Exit.INCOMPLETE
     assert "mail: refused: it is not paired" in said(capsys)[1]
-    some["volumes"] = some["volumes"][1:]
+    some["volumes"] = some["volumes"][1:2]
     assert main(["sync", "mail", "--json"]) == Exit.REFUSED
     assert json.loads(said(capsys)[0])["volumes"] == some["volumes"]
 
@@ -496,6 +510,7 @@ def test_waiting_tells_each_change_once(daemon: Daemon, capsys: Said) -> None:
     assert main(["sync", "--wait", "data"]) == Exit.DONE
     out = said(capsys)[0]
     assert out.splitlines()[:2] == ["data: waits for its turn", "db/pg: copies"]
+    assert "idle" not in out
     assert "data: 2026-01-02 03:04:05Z in epoch 7, the changed folders" in out
     assert daemon.asked == [("sync-wait", NOTHING | {"volume": "data"})]
     assert main(["sync", "--wait", "--json"]) == Exit.DONE
