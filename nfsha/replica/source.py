@@ -357,10 +357,11 @@ class Source:
         if child.alive:
             return f"the rsync daemon {alive} on {self._listen} port {self._port}"
         code = await child.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code < 0:
+            return f"the rsync daemon was killed by signal {-code}"
         said = b"; ".join(child.errors).decode(errors="replace")
         said = said or await asyncio.to_thread(_last_line, self.log_path)
-        return f"the rsync daemon {how}" + (f" ({said})" if said else "")
+        return f"the rsync daemon ended with exit code {code} ({said or 'it said nothing'})"
 
     # ------------------------------------------------------------- its files
 

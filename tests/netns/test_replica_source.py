@@ -1,0 +1,642 @@
+"""The source for real: who gets what from it, who does not, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nfsha.core.model import Epoch, Role
+from nfsha.replica import rsync_version
+from nfsha.replica.source import (
+    CONTROL_MODULE,
+    MAX_LOG_BYTES,
+    RSYNC,
+    EpochToken,
+    Source,
+    SourceVolume,
+    epoch_token,
+)
+from tests.netns.namespaces import Namespace, connect, inside, namespaces, run
+from tests.netns.volumekit import LoopVolume, make_volume
+
+__all__ = ["make_volume"]
+
+PORT = 7911
+SECRET = b"k" * 32
+EPOCH = Epoch(4, "00112233aabbccdd", Role.PRIMARY)
+TOKEN = epoch_token(SECRET, EPOCH)
+AUTH_OR_UNKNOWN = 5  # rsync(1): error starting client-server protocol
+
+
+@dataclass
+class Net:
+    """A source, its peer, and a machine that is neither, each on its own link to the source."""
+
+    source: Namespace
+    peer: Namespace
+    stranger: Namespace
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    with namespaces("source", "peer", "stranger") as (source, peer, stranger):
+        for number, other in ((1, peer), (2, stranger)):
+            connect(source, f"to{number}", other, "eth0")
+            for place, name, host in ((source, f"to{number}", 1), (other, "eth0", 2)):
+                place.ip("addr", "add", f"10.9.{number}.{host}/24", "dev", name)
+                address = f"fd00:9:{number}::{host}/64"
+                place.ip("addr", "add", address, "dev", name, "nodad")
+        stranger.ip("route", "add", "default", "via", "10.9.2.1")
+        yield Net(source, peer, stranger)
+
+
+def clock_ms() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+@contextlib.asynccontextmanager
+async def offered(
+    folder: Path, *volumes: SourceVolume, listen: str = "10.9.1.1", peer: str = "10.9.1.2"
+) -> AsyncIterator[Source]:
+    source = Source(folder / "source", listen, PORT, peer, clock_ms)
+    try:
+        await source.serve(TOKEN, volumes)
+        yield source
+    finally:
+        await source.stop()
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    said: str
+
+
+async def rsync(
+    place: Namespace,
+    *argv: str,
+    token: EpochToken | None = TOKEN,
+    host: str = "10.9.1.1",
+) -> Answer:
+    """Runs rsync in a place; `SOURCE` in an argument stands for the daemon."""
+    user = f"{token.user}@" if token is not None else ""
+    words = [word.replace("SOURCE", f"rsync://{user}{host}:{PORT}") for word in argv]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        ["ip", "netns", "exec", place.name, "rsync", "-rlt", "--timeout=10", "--contimeout=5",
+         *words],
+        check=False, capture_output=True, text=True, errors="replace", timeout=30,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C"}
+        | ({"RSYNC_PASSWORD": token.password} if token is not None else {}),
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def volume(make_volume: Callable[..., LoopVolume]) -> Iterator[tuple[LoopVolume, SourceVolume]]:
+    loop = make_volume()
+    yield loop, prepared(loop)
+
+
+def prepared(loop: LoopVolume) -> SourceVolume:
+    identity = str(uuid.uuid4())
+    (loop.path / ".nfsha-volume").write_text(identity + "\n")
+    (loop.path / "file").write_text("content")
+    (loop.path / "secret").symlink_to("/etc/hostname")
+    return SourceVolume(identity, loop.path)
+
+
+Fixture = tuple[LoopVolume, SourceVolume]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - files and other tasks set no events
+        await asyncio.sleep(0.01)
+
+
+def trouble_of(source: Source) -> str:
+    return source.trouble
+
+
+def daemon(source: Source) -> psutil.Process:
+    assert source._child is not None
+    return psutil.Process(source._child.pid)
+
+
+def in_the_source(net: Net, main: Callable[[], object]) -> None:
+    with inside(net.source):
+        asyncio.run(main())  # type: ignore[arg-type]
+
+
+def test_the_peer_with_the_token_gets_the_volume(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    _, one = volume
+
+    async def main() -> None:
+        began = time.monotonic()
+        async with offered(tmp_path, one) as source:
+            assert time.monotonic() - began < 1.0
+            assert (source.running, source.trouble, source.refused) == (True, "", {})
+            target = tmp_path / "target"
+            answer = await rsync(net.peer, f"SOURCE/{one.module}/", str(target))
+            assert (answer.code, answer.said) == (0, "")
+            assert (target / "file").read_text() == "content"
+            assert (target / "secret").readlink() == Path("/etc/hostname")
+            (source.public / "facts.json").write_text("{}")
+            answer = await rsync(net.peer, f"SOURCE/{CONTROL_MODULE}/", str(tmp_path / "facts"))
+            assert answer.code == 0
+            assert (tmp_path / "facts" / "facts.json").read_text() == "{}"
+        assert not source.running
+
+    in_the_source(net, main)
+
+
+def test_its_files_are_nobody_elses(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]) as source:
+            folder = tmp_path / "source"
+            modes = {each.name: each.stat().st_mode & 0o777 for each in folder.iterdir()}
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert (modes["rsyncd.conf"], modes["secrets"]) == (0o600, 0o600)
+            for process in [daemon(source), *daemon(source).parents()]:
+                assert TOKEN.password not in " ".join(process.cmdline())
+            assert TOKEN.password not in (folder / "rsyncd.conf").read_text()
+        assert not (folder / "secrets").exists()
+        assert not (folder / "rsyncd.conf").exists()
+
+    in_the_source(net, main)
+
+
+def test_whoever_has_not_the_epochs_token_is_refused(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    stale = {
+        "an earlier epoch": epoch_token(SECRET, Epoch(3, EPOCH.id, EPOCH.authority)),
+        "another history": epoch_token(SECRET, Epoch(4, "ffffffffffffffff", EPOCH.authority)),
+        "another key": epoch_token(b"x" * 32, EPOCH),
+        "the right user, another password": EpochToken(TOKEN.user, "0" * 64),
+        "the right password, another user": EpochToken("nfsha", TOKEN.password),
+        "no password": EpochToken(TOKEN.user, ""),
+        "nobody": None,
+    }
+
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]):
+            for who, token in stale.items():
+                for module in (volume[1].module, CONTROL_MODULE):
+                    target = tmp_path / "target"
+                    answer = await rsync(net.peer, f"SOURCE/{module}/", str(target), token=token)
+                    assert answer.code == AUTH_OR_UNKNOWN, (who, answer)
+                    assert not target.exists()
+
+    in_the_source(net, main)
+
+
+def test_another_address_is_refused_with_the_right_token(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]) as source:
+            for module in (volume[1].module, CONTROL_MODULE):
+                answer = await rsync(net.stranger, f"SOURCE/{module}/")
+                assert (answer.code, answer.out) == (AUTH_OR_UNKNOWN, "")
+                assert "Unknown module" in answer.said
+            own = await rsync(net.source, f"SOURCE/{CONTROL_MODULE}/")
+            assert own.code == AUTH_OR_UNKNOWN
+            answer = await rsync(net.stranger, f"SOURCE/{CONTROL_MODULE}/", host="10.9.2.1")
+            assert answer.code == 10  # not bound to that address
+            assert "denied" in source.log_path.read_text()
+
+    in_the_source(net, main)
+
+
+def test_nothing_else_is_offered(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    one = volume[1]
+
+    async def main() -> None:
+        async with offered(tmp_path, one):
+            listing = await rsync(net.peer, "SOURCE/")
+            assert (listing.code, listing.out) == (0, "")
+            for module in ("root", "v-", f"v-{uuid.uuid4()}", "global", "../etc"):
+                answer = await rsync(net.peer, f"SOURCE/{module}/")
+                assert answer.code == AUTH_OR_UNKNOWN, module
+                assert answer.out == ""
+            for path in ("../../etc/passwd", "../", "/etc/passwd", "secret/", "../source/secrets"):
+                answer = await rsync(net.peer, "--copy-links", f"SOURCE/{one.module}/{path}")
+                assert "root:" not in answer.out
+                assert TOKEN.password not in answer.out
+                names = set(re.findall(r"\d\d:\d\d:\d\d (.*)", answer.out))
+                assert names <= {".", "file", "lost+found", ".nfsha-volume"}, (path, answer)
+
+    in_the_source(net, main)
+
+
+def test_nobody_can_write_into_it(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    loop, one = volume
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    (attempt / "file").write_text("overwritten")
+    (attempt / "new").write_text("new")
+
+    def state() -> dict[str, str]:
+        return {each.name: each.read_text() for each in loop.path.iterdir() if each.is_file()}
+
+    async def main() -> None:
+        before = state()
+        async with offered(tmp_path, one):
+            for argv in (
+                [f"{attempt}/", f"SOURCE/{one.module}/"],
+                ["--delete", f"{attempt}/", f"SOURCE/{one.module}/"],
+                ["--remove-source-files", f"SOURCE/{one.module}/", str(tmp_path / "stolen")],
+                ["--remove-sent-files", f"SOURCE/{one.module}/", str(tmp_path / "stolen")],
+                ["--backup-dir=/x", "-b", f"{attempt}/", f"SOURCE/{one.module}/"],
+                [f"{attempt}/", f"SOURCE/{CONTROL_MODULE}/"],
+            ):
+                answer = await rsync(net.peer, *argv)
+                assert answer.code == 1, (argv, answer)
+                assert "read only" in answer.said or "read-only" in answer.said
+                assert state() == before
+
+    in_the_source(net, main)
+
+
+def test_an_unmounted_volume_is_refused_and_not_sent_as_empty(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    loop, one = volume
+
+    async def main() -> None:
+        async with offered(tmp_path, one) as source:
+            target = tmp_path / "target"
+            pull = ("-r", "--delete", f"SOURCE/{one.module}/", f"{target}/")
+            assert (await rsync(net.peer, *pull)).code == 0
+            await asyncio.to_thread(loop.unmount)  # and nothing of ours keeps it busy
+            for _ in range(3):
+                answer = await rsync(net.peer, *pull)
+                assert answer.code != 0
+                assert "not mounted at its source" in answer.said
+                assert (target / "file").read_text() == "content"
+            # A copy of the identity on the bare folder below the mount point does not help.
+            (loop.path / ".nfsha-volume").write_text(one.uuid + "\n")
+            answer = await rsync(net.peer, *pull)
+            assert answer.code != 0
+            assert "not mounted at its source" in answer.said
+            assert (target / "file").read_text() == "content"
+            (loop.path / ".nfsha-volume").unlink()
+            await source.serve(TOKEN, [one])
+            assert "nothing with an identity" in source.refused[one.uuid]
+            assert (await rsync(net.peer, *pull)).code == AUTH_OR_UNKNOWN
+            await asyncio.to_thread(loop.mount)
+            await source.serve(TOKEN, [one])
+            assert (await rsync(net.peer, *pull)).code == 0
+
+    in_the_source(net, main)
+
+
+def test_an_empty_or_another_volume_in_its_place_is_refused(
+    net: Net, volume: Fixture, make_volume: Callable[..., LoopVolume], tmp_path: Path
+) -> None:
+    loop, one = volume
+    empty, other = make_volume(), make_volume()
+    theirs = prepared(other)
+
+    async def main() -> None:
+        async with offered(tmp_path, one) as source:
+            for intruder in (empty, other):
+                await asyncio.to_thread(run, "mount", "--bind", str(intruder.path), str(loop.path))
+                answer = await rsync(net.peer, f"SOURCE/{one.module}/")
+                await asyncio.to_thread(run, "umount", str(loop.path))
+                assert (answer.code != 0, answer.out) == (True, "")
+                assert "not mounted at its source" in answer.said
+            (loop.path / ".nfsha-volume").unlink()  # emptied by somebody, still mounted
+            answer = await rsync(net.peer, f"SOURCE/{one.module}/")
+            assert (answer.code != 0, answer.out) == (True, "")
+            await source.serve(TOKEN, [SourceVolume(one.uuid, theirs.path)])
+            assert "another volume" in source.refused[one.uuid]
+
+    in_the_source(net, main)
+
+
+def big(loop: LoopVolume) -> None:
+    with (loop.path / "big").open("wb") as file:
+        file.truncate(30 << 20)
+
+
+@contextlib.asynccontextmanager
+async def slow_pull(
+    net: Net, one: SourceVolume, target: Path
+) -> AsyncIterator[asyncio.Task[Answer]]:
+    """A transfer that has begun, and takes half a minute when nobody ends it."""
+    pull = ("--bwlimit=1000", f"SOURCE/{one.module}/", f"{target}/")
+    task = asyncio.create_task(rsync(net.peer, *pull))
+    async with asyncio.timeout(5):
+        await until(lambda: any(each.stat().st_size for each in target.glob(".big.*")))
+    yield task
+    async with asyncio.timeout(5):
+        await task
+
+
+def test_a_new_token_ends_what_runs_under_the_old_one(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    loop, one = volume
+    big(loop)
+    later = epoch_token(SECRET, Epoch(5, "ffffffffffffffff", Role.PRIMARY))
+
+    async def main() -> None:
+        target = tmp_path / "target"
+        target.mkdir()
+        async with offered(tmp_path, one) as source, slow_pull(net, one, target) as pull:
+            old = {each.pid for each in daemon(source).children(recursive=True)}
+            assert old
+            began = time.monotonic()
+            await source.serve(later, [one])
+            assert time.monotonic() - began < 1.0
+            assert not any(map(psutil.pid_exists, old))
+            assert source.running
+            assert (await asyncio.wait_for(pull, 5)).code in (10, 12)
+            refused = await rsync(net.peer, f"SOURCE/{one.module}/")
+            assert refused.code == AUTH_OR_UNKNOWN
+            assert (await rsync(net.peer, f"SOURCE/{one.module}/", token=later)).code == 0
+
+    in_the_source(net, main)
+
+
+def test_another_volume_interrupts_nobody_but_the_loss_of_one_does(
+    net: Net, volume: Fixture, make_volume: Callable[..., LoopVolume], tmp_path: Path
+) -> None:
+    loop, one = volume
+    big(loop)
+    added = prepared(make_volume())
+
+    async def main() -> None:
+        target = tmp_path / "target"
+        target.mkdir()
+        async with offered(tmp_path, one) as source, slow_pull(net, one, target) as pull:
+            await source.serve(TOKEN, [one, added])
+            assert (await rsync(net.peer, f"SOURCE/{added.module}/")).code == 0
+            assert not pull.done()
+            await source.serve(TOKEN, [added])
+            assert (await asyncio.wait_for(pull, 5)).code in (10, 12)
+            assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == AUTH_OR_UNKNOWN
+
+    in_the_source(net, main)
+
+
+def test_after_the_stop_nothing_of_it_is_left(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    loop, one = volume
+    big(loop)
+
+    async def main() -> None:
+        target = tmp_path / "target"
+        target.mkdir()
+        async with offered(tmp_path, one) as source, slow_pull(net, one, target) as pull:
+            wrapper = daemon(source).parents()[1]
+            tree = [wrapper, *wrapper.children(recursive=True)]
+            assert len(tree) >= 4
+            os.kill(tree[-1].pid, signal.SIGSTOP)
+            began = time.monotonic()
+            await source.stop()
+            assert time.monotonic() - began < 1.0
+            assert not any(each.is_running() for each in tree)
+            assert not source.running
+            await asyncio.to_thread(loop.unmount)  # nothing keeps it busy
+            assert (await asyncio.wait_for(pull, 15)).code in (10, 12)
+            assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == 10
+            await asyncio.to_thread(loop.mount)
+            await source.stop()
+            await source.serve(TOKEN, [one])
+            assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == 0
+
+    in_the_source(net, main)
+
+
+def test_a_killed_daemon_comes_back_and_says_so(
+    net: Net, volume: Fixture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]) as source:
+            os.kill(daemon(source).pid, signal.SIGKILL)
+            async with asyncio.timeout(3):
+                await until(lambda: source.trouble)
+                assert not source.running
+                assert "was killed by signal 9; next start in 0.2 s" in source.trouble
+                await until(lambda: source.running)
+            assert trouble_of(source) == ""
+            assert source.restarts == 1
+            assert (await rsync(net.peer, f"SOURCE/{volume[1].module}/")).code == 0
+
+    in_the_source(net, main)
+    assert "was killed by signal 9" in caplog.text
+
+
+def test_a_taken_port_and_a_missing_address_are_said_and_waited_for(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        with socket.socket() as taker:
+            taker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taker.bind(("10.9.1.1", PORT))
+            taker.listen()
+            async with offered(tmp_path, volume[1]) as source:
+                assert not source.running
+                assert "port 7911 of 10.9.1.1 is taken by another program" in source.trouble
+                taker.close()
+                async with asyncio.timeout(3):
+                    await until(lambda: source.running)
+                    await until(lambda: not source.trouble)
+        async with offered(tmp_path, volume[1], listen="10.9.1.77") as source:
+            assert "does not have the address 10.9.1.77" in source.trouble
+
+    in_the_source(net, main)
+
+
+def test_ipv6(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    async def main() -> None:
+        ends = {"listen": "fd00:9:1::1", "peer": "fd00:9:1::2"}
+        async with offered(tmp_path, volume[1], **ends) as source:
+            assert source.running, source.trouble
+            answer = await rsync(net.peer, f"SOURCE/{volume[1].module}/", host="[fd00:9:1::1]")
+            assert answer.code == 0, answer
+            own = await rsync(net.source, f"SOURCE/{volume[1].module}/", host="[fd00:9:1::1]")
+            assert own.code == AUTH_OR_UNKNOWN
+
+    in_the_source(net, main)
+
+
+@pytest.mark.parametrize(
+    "name", ["two  words ", "back\\", "100%", "50%A", "%HOME", "#hash", "[x]", "'q\"$x", "\udcff"]
+)
+def test_a_volume_with_an_odd_name_is_served(net: Net, name: str, tmp_path: Path) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    one = SourceVolume(str(uuid.uuid4()), place)
+
+    async def main() -> None:
+        async with offered(tmp_path, one) as source:
+            assert source.refused == {}
+            answer = await rsync(net.peer, f"SOURCE/{one.module}/")
+            assert (answer.code, " marker" in answer.out) == (0, True)
+
+    subprocess.run(["mount", "-t", "tmpfs", "nfsha-test", place], check=True)
+    try:
+        (place / ".nfsha-volume").write_text(one.uuid + "\n")
+        (place / "marker").write_text("x")
+        in_the_source(net, main)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_name_that_cannot_be_written_down_is_refused_alone(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    odd = SourceVolume(str(uuid.uuid4()), tmp_path / "new\nline")
+    odd.path.mkdir()
+    (odd.path / ".nfsha-volume").write_text(odd.uuid + "\n")
+
+    async def main() -> None:
+        async with offered(tmp_path, odd, volume[1]) as source:
+            assert "control character" in source.refused[odd.uuid]
+            assert (await rsync(net.peer, f"SOURCE/{volume[1].module}/")).code == 0
+            assert (await rsync(net.peer, f"SOURCE/{odd.module}/")).code == AUTH_OR_UNKNOWN
+
+    in_the_source(net, main)
+
+
+def test_connections_are_bounded(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    loop, one = volume
+    big(loop)
+
+    async def main() -> None:
+        target = tmp_path / "target"
+        target.mkdir()
+        source = Source(
+            tmp_path / "source", "10.9.1.1", PORT, "10.9.1.2", clock_ms, max_connections=1
+        )
+        try:
+            await source.serve(TOKEN, [one])
+            async with slow_pull(net, one, target):
+                answer = await rsync(net.peer, f"SOURCE/{one.module}/")
+                assert answer.code == AUTH_OR_UNKNOWN
+                assert "max connections (1) reached" in answer.said
+                await source.stop()
+        finally:
+            await source.stop()
+
+    in_the_source(net, main)
+
+
+def test_the_log_is_bounded(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]) as source:
+            with source.log_path.open("ab") as file:
+                file.write(b"x" * (MAX_LOG_BYTES + 1))
+            source._put_log_aside()
+            await rsync(net.peer, f"SOURCE/{volume[1].module}/")
+            assert 0 < source.log_path.stat().st_size < 10_000
+            assert {each.name for each in source.log_path.parent.glob("rsyncd.log*")} == {
+                "rsyncd.log",
+                "rsyncd.log.1",
+            }
+
+    in_the_source(net, main)
+
+
+def test_a_volume_that_comes_and_goes_is_never_sent_as_another(
+    net: Net, volume: Fixture, make_volume: Callable[..., LoopVolume], tmp_path: Path
+) -> None:
+    """Mounts change all the time: a check before the change of root would be fooled here."""
+    loop, one = volume
+    empty = make_volume()
+    codes: list[int] = []
+
+    async def flip(stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await asyncio.to_thread(run, "mount", "--bind", str(empty.path), str(loop.path))
+            await asyncio.sleep(0.004)
+            await asyncio.to_thread(run, "umount", "--lazy", str(loop.path))
+            await asyncio.sleep(0.004)
+
+    async def pull(number: int) -> None:
+        target = tmp_path / f"target{number}"
+        answer = await rsync(net.peer, f"SOURCE/{one.module}/", f"{target}/")
+        codes.append(answer.code)
+        assert (answer.code == 0) == (target / "file").exists(), answer
+
+    async def main() -> None:
+        async with offered(tmp_path, one):
+            stop = asyncio.Event()
+            flipping = asyncio.create_task(flip(stop))
+            try:
+                for number in range(0, 32, 8):
+                    await asyncio.gather(*map(pull, range(number, number + 8)))
+            finally:
+                stop.set()
+                await flipping
+
+    in_the_source(net, main)
+    assert 0 in codes
+    assert any(codes)
+
+
+def test_the_installed_rsync_is_asked(tmp_path: Path) -> None:
+    def program(name: str, script: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    async def refused(path: str) -> str:
+        return (await rsync_version.check(path)).refused
+
+    async def main() -> None:
+        found = await rsync_version.check(RSYNC)
+        version = await asyncio.to_thread(run, RSYNC, "--version")
+        assert found.version == version.split()[2]
+        assert found.refused == ""
+        assert "there is no program /nowhere" in await refused("/nowhere")
+        assert "no rsync's version" in await refused("/bin/ls")
+        assert "failed with exit code 3 (broken)" in await refused(
+            program("fails", "echo broken >&2; exit 3")
+        )
+        hangs = program("hangs", "sleep 1000")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rsync_version, "ANSWER_WITHIN_S", 0.2)
+            assert "did not answer within 0.2 s" in await refused(hangs)
+        old = version.replace(found.version, "3.2.3")
+        assert "no --fsync" in await refused(program("old", f"cat <<'E'\n{old}\nE"))
+        holey = await rsync_version.check(
+            program("holey", f"cat <<'E'\n{version.replace(found.version, '3.2.7')}\nE")
+        )
+        assert "CVE-2024-12084" in holey.warnings[0]
+
+    asyncio.run(main())
+
+
+def test_a_package_that_mended_an_old_number_is_believed() -> None:
+    async def left(package: str) -> str:
+        mended = await rsync_version._mended_by(package)
+        return " ".join(rsync_version.warnings((3, 2, 7), package, mended))
+
+    async def main() -> None:
+        assert "CVE-2024-12084" in await left("3.2.7-1")
+        assert "CVE-2024-12084" in await left("3.2.7-1ubuntu1.2")  # not known here
+        assert "CVE-2024-12084" not in await left("3.2.7-1+deb12u2")
+        assert "CVE-2026-43618" in await left("3.2.7-1+deb12u2")
+        assert "CVE-2026-43618" not in await left("3.2.7-1+deb12u10")
+
+    asyncio.run(main())
