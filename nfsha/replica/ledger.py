@@ -156,6 +156,7 @@ class Ledger:
         Logged once for each reason between two lists, counted each time.
         """
         self.seq += 1
+        self._generation += 1  # a rename may be among what is not known
         self.complete_from = self.seq
         self.walk_reason = sentence[:MAX_REASON_CHARS]
         counted = self.counters.full_walks
@@ -197,7 +198,6 @@ class Ledger:
 
     def _overflow(self) -> None:
         self.counters.overflows += 1
-        self._generation += 1  # renames may be among what is lost
         self.ask_walk(WalkReason.QUEUE_OVERFLOW, "more changes at once than the kernel keeps")
 
     def _touch(self, folder: bytes) -> None:
@@ -378,6 +378,7 @@ class Ledger:
             try:
                 path = tree.path_of(handle)
             except UnresolvedError as error:
+                kept.path = b""
                 self.ask_walk(WalkReason.TROUBLE, f"a changed folder has no path: {error}")
                 continue
             if path is None or _is_own_path(path):

@@ -395,6 +395,27 @@ def test_what_was_acknowledged_is_forgotten() -> None:
     assert ledger.listed() == {b"folder-5": 3}
 
 
+def test_a_search_that_takes_too_long_is_given_up() -> None:
+    now_ms = 0
+
+    def clock_ms() -> int:
+        nonlocal now_ms
+        now_ms += 1000
+        return now_ms
+
+    tree = NoTree()
+    tree.links = 2
+    tree.walk = lambda _: ((handle(2), None) for _ in range(10_000_000))  # type: ignore[attr-defined]
+    tree.status_at = lambda _: None  # type: ignore[attr-defined]
+    fake: Tree = tree  # type: ignore[assignment]
+    ledger = Ledger("/volume", clock_ms, max_folders=10, max_entries=10_000_000)
+    ledger.digest(fake, {entry(7, b"x"): fanotify.FAN_CREATE})
+    pauses: list[int] = []
+    ledger.settle(fake, lambda: pauses.append(now_ms))
+    assert "takes longer than 30 s" in ledger.walk_reason
+    assert 20 < len(pauses) <= 31
+
+
 def test_a_long_reason_can_be_published() -> None:
     ledger, _, _ = make_ledger()
     ledger.ask_walk(WalkReason.TROUBLE, "x" * 5000)
