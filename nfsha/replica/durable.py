@@ -80,10 +80,13 @@ def _write_new(folder: int, name: str, data: bytes, mode: int) -> None:
 
 
 def _read(fd: int, limit_bytes: int) -> bytes:
-    with os.fdopen(fd, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
-        data = file.read(limit_bytes + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(limit_bytes + 1)
+    finally:
+        os.close(fd)
     if len(data) > limit_bytes:
         raise OSError(errno.EFBIG, f"it has more than {limit_bytes} bytes")
     return data
