@@ -35,6 +35,8 @@ OWN_ROOT_NAMES: Final = (
 PARTIAL_NAME: Final = b".nfsha-partial"
 
 _DIGEST_BYTES: Final = 16
+_FILE: Final = b"f"
+_FOLDER: Final = b"d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,6 @@ class PlanReader:
         """What is not an item: the counts, and rsync's remarks."""
         self._names: list[bytes] = []
         self._digests = bytearray()
-        self._files = 0
         self._too_many_folders = False
 
     def take(self, line: bytes) -> None:
@@ -115,17 +116,20 @@ class PlanReader:
             self._touched(decode_name(line[found.end() :]))
         else:
             self.copies += 1
+            # A folder that was emptied to make way for this: it is no folder to look into.
+            self.parents.discard(decode_name(line[found.end() :]))
 
     def finish(self) -> DeletionPlan:
         """The plan, once all is read; a second or so for a million names: call it in a thread."""
-        size = _DIGEST_BYTES
-        count = len(self._digests) // size
-        digests = (bytes(self._digests[at * size : (at + 1) * size]) for at in range(count))
+        size = _DIGEST_BYTES + 1
+        marked = (bytes(self._digests[at : at + size]) for at in range(0, len(self._digests), size))
+        every = sorted(set(marked))
         total = hashlib.sha256()
-        for digest in sorted(digests):
+        for digest in every:
             total.update(digest)
-        names = tuple(sorted(self._names))
-        return DeletionPlan(names, total.hexdigest() if count else "", count, self._files)
+        names = tuple(sorted(set(self._names)))
+        files = sum(digest[-1:] == _FILE for digest in every)
+        return DeletionPlan(names, total.hexdigest() if every else "", len(every), files)
 
     @property
     def too_many_folders(self) -> bool:
@@ -138,11 +142,11 @@ class PlanReader:
             self._bound()
 
     def _deletion(self, name: bytes) -> None:
+        # The same name may come twice: with a listed folder that is gone, and with its parent.
         self._digests += hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
+        self._digests += _FOLDER if name.endswith(b"/") else _FILE
         if len(self._names) < MAX_NAMES:
             self._names.append(name)
-        if not name.endswith(b"/"):
-            self._files += 1
         if not self._too_many_folders:
             path = name.rstrip(b"/")
             self.parents.discard(path)  # rsync names what is in a folder before the folder

@@ -49,6 +49,7 @@ from nfsha.replica.deletions import (
 from nfsha.replica.exits import Complaints, Ending, Verdict, judge
 from nfsha.replica.mountinfo import at_and_below, read_mounts, visible
 from nfsha.replica.progress import Progress, ProgressReader, Stage, Stats, StatsError, Tail
+from nfsha.replica.stall import Activity, StallWatch, activity
 
 __all__ = [
     "DeleteLimits",
@@ -65,6 +66,8 @@ __all__ = [
 
 _END_WITHIN_S: Final = 5.0
 _LONGEST_S: Final = 7 * 24 * 3600
+_FEW_INODES: Final = 16
+_TIMED_OUT: Final = 30  # as rsync itself calls it
 _WITH_COUNTS: Final = (0, 23, 24, 25)
 MAX_CONTROL_BYTES: Final = 32 << 20
 
@@ -197,6 +200,7 @@ class Pull:
         self._report: Callable[[Progress], None] = _nobody
         self._tally = _Tally()
         self._plan: DeletionPlan | None = None
+        self._differed = False
 
     async def run(self, progress: Callable[[Progress], None]) -> PassOutcome:
         """Runs the pass to its end, and says what came of it; all troubles are in the outcome.
@@ -255,7 +259,7 @@ class Pull:
     async def _pass(self) -> str:
         """Goes through the steps; returns why deletions are held, or nothing."""
         request = self.request
-        with tempfile.TemporaryFile(dir=self._scratch) as listed:
+        with self._list_file() as listed:
             await asyncio.to_thread(self._write_list, listed)
             whole = request.folders is None
             course = Course(
@@ -264,29 +268,29 @@ class Pull:
                 target=f"/proc/self/fd/{request.root_fd}/",
                 timeout_s=request.timeout_s,
                 connect_timeout_s=request.connect_timeout_s,
-                list_path=None if whole else f"/proc/self/fd/{listed.fileno()}",
+                list_path=None if whole else listed.name,
                 backup=request.resync_backup,
                 checksum=request.checksum,
             )
-            fds = (request.root_fd, listed.fileno())
             held = ""
             if request.limits.target_empty:
-                await self._copy(course, fds, total_bytes=None, make_way=0)
+                await self._copy(course, total_bytes=None, make_way=0)
             else:
-                held = await self._by_plan(course, fds)
+                held = await self._by_plan(course)
         if self._worst.verdict in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._report(Progress(Stage.CHECK))
             await asyncio.to_thread(sync_filesystem, request.root_fd)
         return held
 
-    async def _by_plan(self, course: Course, fds: Sequence[int]) -> str:
+    async def _by_plan(self, course: Course) -> str:
         reader = PlanReader()
         self._report(Progress(Stage.PLAN))
-        run = await self._rsync("plan", course.plan(), fds, reader.take, reader.rest)
+        run = await self._rsync("plan", course.plan(), reader.take, reader.rest)
         self._tally.add(run)
         if run.stats is None:
             return ""
         self._tally.entries = run.stats.entries
+        self._differed = bool(reader.copies or reader.touched or reader.too_many_folders)
         held = ""
         may_delete = False
         # An I/O error there makes a list with gaps: what is missing in it may still exist.
@@ -298,16 +302,14 @@ class Pull:
         ceiling = self._ceiling if may_delete else 0
         if reader.copies:
             copied = await self._copy(
-                course, fds, total_bytes=run.stats.transferred_bytes, make_way=ceiling
+                course, total_bytes=run.stats.transferred_bytes, make_way=ceiling
             )
             may_delete = may_delete and copied.went_through
         if may_delete or (run.went_through and reader.touched and not reader.copies):
             await self._settle(course, reader, ceiling if may_delete else None)
         return held
 
-    async def _copy(
-        self, course: Course, fds: Sequence[int], *, total_bytes: int | None, make_way: int
-    ) -> _Run:
+    async def _copy(self, course: Course, *, total_bytes: int | None, make_way: int) -> _Run:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
         root_fd = self.request.root_fd
         await asyncio.to_thread(_make_incoming, root_fd)
@@ -317,7 +319,7 @@ class Pull:
                 reader = ProgressReader(Stage.COPY, total_bytes, self._clock_ms())
                 self._report(reader.last)
                 argv = course.copy(make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s)
-                run = await self._rsync("copy", argv, fds, self._reporter(reader), reader.rest)
+                run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
                 if not self._again or self._ending or run.ending.verdict is not Verdict.KILLED:
                     self._tally.add_copy(run, reader.last)
                     return run
@@ -338,16 +340,15 @@ class Pull:
         """Deletes, if it may, and sets folders right, in the folders that the plan named."""
         self._report(Progress(Stage.CHECK))
         rest = Tail()
-        with tempfile.TemporaryFile(dir=self._scratch) as listed:
+        with self._list_file() as listed:
             list_path = None
             if not reader.too_many_folders:
                 parents = reader.parents if deletions is not None else set()
                 data = folder_list(sorted(parents), sorted(reader.touched - parents))
                 await asyncio.to_thread(_write, listed, data)
-                list_path = f"/proc/self/fd/{listed.fileno()}"
+                list_path = listed.name
             argv = course.settle(list_path, deletions=deletions)
-            fds = (self.request.root_fd, listed.fileno())
-            run = await self._rsync("settle", argv, fds, rest.add, rest)
+            run = await self._rsync("settle", argv, rest.add, rest)
         self._tally.add(run)
         if run.stats is not None:
             self._tally.deletions += run.stats.deleted
@@ -356,7 +357,6 @@ class Pull:
         self,
         what: str,
         argv: Sequence[str],
-        fds: Sequence[int],
         take: Callable[[bytes], None],
         rest: Tail,
     ) -> _Run:
@@ -369,11 +369,12 @@ class Pull:
             else:
                 complaints.take([line.data])
 
-        code = await self._child_code(what, argv, fds, on_line)
-        if code is None:
-            words = f"it was ended after {self.request.longest_s} s, the longest that it may take"
-            return _Run(Ending(Verdict.RETRY, 30, words), complaints, None)
+        code = await self._child_code(what, argv, on_line)
+        if isinstance(code, str):
+            return _Run(Ending(Verdict.RETRY, _TIMED_OUT, code), complaints, None)
         ending = judge(code, complaints)
+        if code == 24 and await asyncio.to_thread(self._only_gone, complaints):
+            ending = Ending(Verdict.COMPLETE, code, "complete")
         try:
             return _Run(ending, complaints, rest.stats() if code in _WITH_COUNTS else None)
         except StatsError as error:
@@ -384,10 +385,9 @@ class Pull:
         self,
         what: str,
         argv: Sequence[str],
-        fds: Sequence[int],
         on_line: Callable[[Line], None],
-    ) -> int | None:
-        """The exit code; None when it took too long. Nothing of the child is left."""
+    ) -> int | str:
+        """The exit code, or why it was ended here; nothing of the child is left."""
         async with self._starting:
             if self._ending:
                 return -signal.SIGTERM
@@ -395,19 +395,32 @@ class Pull:
                 argv,
                 name=self._called(what),
                 env={"RSYNC_PASSWORD": self.request.source.token.password},
-                pass_fds=fds,
+                pass_fds=(self.request.root_fd,),
                 priority=Priority.LOW,
                 on_line=on_line,
             )
         try:
-            async with asyncio.timeout(self.request.longest_s):
-                return await child.wait()
-        except TimeoutError:
-            return None
+            return await self._wait(child)
         finally:
             if child.alive:
                 await child.end(_END_WITHIN_S)
             self._child = None
+
+    async def _wait(self, child: Child) -> int | str:
+        """Waits for the end, or for a reason to give up; looks at it four times a timeout."""
+        request = self.request
+        now_ms = self._clock_ms()
+        latest_ms = now_ms + request.longest_s * 1000
+        watch = StallWatch(request.timeout_s * 1000, now_ms)
+        while now_ms < latest_ms:
+            pause_ms = min(request.timeout_s * 250, latest_ms - now_ms)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_ms / 1000):
+                    return await child.wait()
+            now_ms = self._clock_ms()
+            if watch.stalled(await asyncio.to_thread(_activity_of, child), now_ms):
+                return f"nothing moved for {request.timeout_s} s, so it was ended"
+        return f"it was ended after {request.longest_s} s, the longest that it may take"
 
     # ------------------------------------------------------------- judging
 
@@ -418,6 +431,22 @@ class Pull:
             return ""
         left = not plan.files or leaves_something(self.request.root_fd, plan.files)
         return ruling(plan, self.request.limits, leaves_something=left)
+
+    def _only_gone(self, complaints: Complaints) -> bool:
+        """Whether all that vanished are listed folders, or folders on the way to them.
+
+        These were gone before anything was read. What has to go with them here goes with them, or
+        with their parents, where their removal is a change.
+        """
+        folders = self.request.folders
+        if folders is None or complaints.vanished_count != len(complaints.vanished):
+            return False
+        wanted = frozenset(complaints.vanished)
+        found = {above for name in folders for above in _upwards(name) if above in wanted}
+        if found != wanted:
+            return False
+        complaints.vanished.clear()
+        return True
 
     @property
     def _ceiling(self) -> int:
@@ -467,7 +496,7 @@ class Pull:
         if verdict is not Verdict.COMPLETE:
             return self._worst.reason
         if not (tally.transferred_files or tally.created or tally.deletions):
-            return "nothing differed, or only attributes did"
+            return "nothing but attributes differed" if self._differed else "nothing differed"
         return (
             f"copied {tally.transferred_files} files ({tally.transferred_bytes} bytes),"
             f" deleted {tally.deletions}"
@@ -478,6 +507,10 @@ class Pull:
 
     def _called(self, what: str) -> str:
         return f"{what}-{self.request.uuid}"
+
+    def _list_file(self) -> IO[bytes]:
+        """With a name: rsync 3.5 does not open one that has none, by /proc/self/fd."""
+        return tempfile.NamedTemporaryFile(dir=self._scratch, prefix="folders-")
 
     def _write_list(self, file: IO[bytes]) -> None:
         folders = self.request.folders
@@ -543,6 +576,13 @@ def _own(root_fd: int, folders: Sequence[bytes]) -> list[bytes]:
     return kept
 
 
+def _upwards(name: bytes) -> Iterator[bytes]:
+    name = name.rstrip(b"/")
+    while name:
+        yield name
+        name = name.rpartition(b"/")[0]
+
+
 def _mounted_inside(root_fd: int) -> list[tuple[bytes, ...]]:
     root = str(Path(f"/proc/self/fd/{root_fd}").readlink())
     _, below = at_and_below(visible(read_mounts()), root)
@@ -556,12 +596,17 @@ def _shortage(root_fd: int) -> str:
     free_mib = found.f_bavail * found.f_frsize >> 20
     size_mib = found.f_blocks * found.f_frsize >> 20
     lack = f"{free_mib} of {size_mib} MiB are free"
-    if found.f_files and found.f_favail * 1000 < found.f_files and free_mib * 100 > size_mib:
-        lack = f"no inodes are left ({found.f_favail} of {found.f_files} are free)"
+    few = max(_FEW_INODES, found.f_files // 1000)
+    if found.f_files and found.f_favail < few and free_mib * 100 > size_mib:
+        lack = f"hardly an inode is left ({found.f_favail} of {found.f_files} are free)"
     return (
         f"the volume on this node is full: {lack}; make its filesystem as large as the"
         " source's, or drop what is in its quarantine; the next pass goes on where this one ended"
     )
+
+
+def _activity_of(child: Child) -> Activity:
+    return activity(child.pids())
 
 
 def _make_incoming(root_fd: int) -> None:
