@@ -127,6 +127,19 @@ def copy_attributes(source: int, target: int) -> None:
         os.setxattr(target, name, value)
 
 
+def copy_times(found: os.stat_result, target: int) -> None:
+    """Gives an open folder the times that another has, or had. OSError."""
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def same_times(folder: int) -> Iterator[None]:
+    """What is made in the folder meanwhile, or removed, leaves its times as they are. OSError."""
+    before = os.fstat(folder)
+    yield
+    copy_times(before, folder)
+
+
 def make_private(folder: int, part: bytes) -> int:
     """Makes a folder of mode 0700 without what it would inherit, and opens it. OSError."""
     os.mkdir(part, 0o700, dir_fd=folder)

@@ -541,7 +541,7 @@ class _Restore:
         for place, times, inode in reversed(self._made):
             with contextlib.suppress(OSError), beneath.folder_at(self._root, place) as fd:
                 if os.fstat(fd).st_ino == inode:
-                    os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+                    beneath.copy_times(times, fd)
 
     def _chosen(
         self, tree: int, names: Sequence[bytes] | None
@@ -592,7 +592,8 @@ def _open_store(root: int, *, make: bool) -> int | None:
     except FileNotFoundError:
         if not make:
             return None
-        fd = beneath.make_private(root, name)
+        with beneath.same_times(root):
+            fd = beneath.make_private(root, name)
         os.fsync(root)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
@@ -734,7 +735,7 @@ def _step_both(source: int, target: int, part: bytes) -> tuple[int, int]:
         try:
             mirrored = beneath.step_into(target, part)
         except FileNotFoundError:
-            with _same_times(target):
+            with beneath.same_times(target):
                 mirrored = _mirror(deeper, target, part)
     except BaseException:
         os.close(deeper)
@@ -748,26 +749,18 @@ def _mirror(like: int, target: int, part: bytes) -> int:
     fd = beneath.make_private(target, part)
     try:
         beneath.copy_attributes(like, fd)
-        os.utime(fd, ns=_times(os.fstat(like)))
+        beneath.copy_times(os.fstat(like), fd)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-@contextlib.contextmanager
-def _same_times(folder: int) -> Iterator[None]:
-    """What is made in the folder meanwhile does not change the times that it was given."""
-    before = os.fstat(folder)
-    yield
-    os.utime(folder, ns=_times(before))
-
-
 def _put_aside(source: int, target: int, leaf: bytes, *, in_place: bool) -> None:
     found = os.stat(leaf, dir_fd=source, follow_symlinks=False)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a folder; only files are put aside one by one")
-    with _same_times(target):
+    with beneath.same_times(target):
         stays = in_place and stat.S_ISREG(found.st_mode) and _try_link(source, target, leaf)
         if not stays:
             beneath.rename_noreplace(source, leaf, target, leaf)
@@ -782,10 +775,6 @@ def _try_link(source: int, target: int, leaf: bytes) -> bool:
             return False
         raise
     return True
-
-
-def _times(found: os.stat_result) -> tuple[int, int]:
-    return found.st_atime_ns, found.st_mtime_ns
 
 
 def _leaves(tree: int, start: bytes) -> Iterator[tuple[bytes, list[bytes]]]:

@@ -15,14 +15,16 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Protocol, Self
 
 from nfsha.replica import beneath
 from nfsha.replica.beneath import shown
+from nfsha.replica.volumes import STAMP_NAME
 
 MAX_SUSPECTS: Final = 1000
 MAX_NAMES_BYTES: Final = 512 << 10
@@ -31,6 +33,7 @@ MAX_HASHED_BYTES: Final = 1 << 30
 GONE: Final = "gone"
 _MAX_PROBLEM: Final = 200
 _CHUNK: Final = 1 << 20
+_NUMBERS: Final = ("size", "mtime_ns", "ctime_ns", "nlink", "told_ns", "epoch_since_ns")
 _OWN: Final = b".nfsha-"
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -99,8 +102,10 @@ class SuspectQuestion:
 class SuspectAnswer:
     """What a node sees of one file.
 
-    Where `problem` is not empty ("gone", or why it could not be read), the numbers may be 0. The
-    checksum is None for a file that is too large, that changed while it was read, or could not be.
+    Where `problem` is not empty ("gone", or why it could not be read), the numbers of the file may
+    be 0. The checksum is None for a file that is too large, that changed while it was read, or
+    could not be. `told_ns` is the node's wall clock when it told, `epoch_since_ns` when its volume
+    got the stamp of the present epoch (0: it bears none), by the same clock.
     """
 
     name: bytes
@@ -110,21 +115,23 @@ class SuspectAnswer:
     nlink: int = 0
     sha256: str | None = None
     problem: str = ""
+    told_ns: int = 0
+    epoch_since_ns: int = 0
 
     def to_json(self) -> Document:
         """What JSON can carry."""
         return {
             "name": _text_of(self.name), "size": self.size, "mtime_ns": self.mtime_ns,
             "ctime_ns": self.ctime_ns, "nlink": self.nlink, "sha256": self.sha256,
-            "problem": self.problem,
+            "problem": self.problem, "told_ns": self.told_ns,
+            "epoch_since_ns": self.epoch_since_ns,
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, document: object) -> Self:
         """Reads what `to_json` made. SuspectError for anything else."""
-        keys = {"name", "size", "mtime_ns", "ctime_ns", "nlink", "sha256", "problem"}
-        fields = _fields(document, keys)
-        for key in ("size", "mtime_ns", "ctime_ns", "nlink"):
+        fields = _fields(document, {*_NUMBERS, "name", "sha256", "problem"})
+        for key in _NUMBERS:
             if type(fields[key]) is not int or not -(1 << 63) <= fields[key] < 1 << 63:
                 raise SuspectError(f"{key} is {fields[key]!r}, expected a whole number")
         sha256, problem = fields["sha256"], fields["problem"]
@@ -171,6 +178,7 @@ def answer(
     *,
     max_file_bytes: int = MAX_HASHED_FILE_BYTES,
     max_total_bytes: int = MAX_HASHED_BYTES,
+    clock_ns: Callable[[], int] = time.time_ns,
 ) -> tuple[SuspectAnswer, ...]:
     """The facts of the files asked for, in their order; no symbolic link is followed.
 
@@ -179,10 +187,11 @@ def answer(
     """
     answers = []
     left = max_total_bytes
+    since_ns = _epoch_since_ns(root_fd)
     for name in question.names:
         told, read = _facts(root_fd, name, min(max_file_bytes, left))
         left -= read
-        answers.append(told)
+        answers.append(replace(told, told_ns=clock_ns(), epoch_since_ns=since_ns))
     return tuple(answers)
 
 
@@ -208,7 +217,6 @@ def classify(
     local: Sequence[SuspectAnswer],
     *,
     source_ahead_ns: int = 0,
-    epoch_since_ns: int | None = None,
 ) -> Judgement:
     """Judges the suspects by the source's answers and the `local` facts of the copies.
 
@@ -216,9 +224,8 @@ def classify(
     by the source's clock, the copies' ctimes by ours; `source_ahead_ns` is how far the source's
     clock is ahead (an error of it matters only for files changed within that time around the copy).
 
-    `epoch_since_ns` (the source's clock) is when authority moved to the source: for files that
-    neither side wrote since, the order of the two ctimes says nothing, as then the copying went the
-    other way.
+    For files that neither side wrote since the source's epoch began, the order of the two ctimes
+    says nothing: before, the copying went the other way.
 
     A ctime moves also without a change of content (a chmod to the same mode, a hard link): a
     missed change says that the file was touched after it was copied, and may hide a damage.
@@ -236,8 +243,20 @@ def classify(
         if why:
             dropped.append((name, why))
         elif source is not None and copy is not None:
-            findings.append(_judge(source, copy, mark, source_ahead_ns, epoch_since_ns))
+            findings.append(_judge(source, copy, mark, source_ahead_ns))
     return Judgement(tuple(findings), tuple(dropped))
+
+
+def source_ahead_ns(answers: Sequence[SuspectAnswer], asked_ns: int, heard_ns: int) -> int:
+    """How far the source's wall clock is at least ahead of ours (below 0: behind), in ns.
+
+    The source told its time between `asked_ns` and `heard_ns` by our wall clock. While its time
+    lies there too, both clocks are taken as equal, which is truer than any guess from the way.
+    """
+    told = [one.told_ns for one in answers if one.told_ns]
+    if not told:
+        return 0
+    return max(0, min(told) - heard_ns) + min(0, max(told) - asked_ns)
 
 
 def _no_finding(source: SuspectAnswer, copy: SuspectAnswer) -> str:
@@ -255,11 +274,7 @@ def _no_finding(source: SuspectAnswer, copy: SuspectAnswer) -> str:
 
 
 def _judge(
-    source: SuspectAnswer,
-    copy: SuspectAnswer,
-    mark: PassTimes | None,
-    source_ahead_ns: int,
-    epoch_since_ns: int | None,
+    source: SuspectAnswer, copy: SuspectAnswer, mark: PassTimes | None, source_ahead_ns: int
 ) -> Finding:
     if source.problem:
         return Finding(
@@ -277,14 +292,22 @@ def _judge(
     if mark is not None and copied_ns > mark.started_ns + mark.duration_ms * 1_000_000:
         words = "the copy was written on this node after the last complete pass, the source was not"
         return Finding(source.name, Kind.DAMAGED, f"{words}: {times}")
-    if epoch_since_ns is not None and max(changed_ns, copied_ns) < epoch_since_ns:
-        words = f"neither was written since {_when(epoch_since_ns)}, when this epoch began"
+    if max(changed_ns, copied_ns) < source.epoch_since_ns:
+        words = f"neither was written since {_when(source.epoch_since_ns)}, when this epoch began"
         return Finding(source.name, Kind.DAMAGED, f"{words}: {times}")
     if changed_ns > copied_ns:
         words = "changed after it was copied, size and mtime as before"
         return Finding(source.name, Kind.MISSED, f"{words}: {times}")
     words = "not changed since it was copied, so the copy, or the source, was damaged"
     return Finding(source.name, Kind.DAMAGED, f"{words}: {times}")
+
+
+def _epoch_since_ns(root_fd: int) -> int:
+    """When the volume got its stamp: the authority stamps it once, when its epoch begins."""
+    try:
+        return os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _facts(root_fd: int, name: bytes, max_bytes: int) -> tuple[SuspectAnswer, int]:

@@ -22,6 +22,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ from nfsha.replica.suspects import (
     SuspectQuestion,
     answer,
     classify,
+    source_ahead_ns,
 )
 
 _T = TypeVar("_T")
@@ -112,7 +114,7 @@ class Helpers:
 
     `turn` is entered around each rsync (never two on one volume); `fresh_pass` runs an ordinary
     pass and says whether it was complete; `ask` carries the question to the source, None when no
-    answer came. `source_ahead_ns` and `epoch_since_ns` as `suspects.classify` takes them.
+    answer came. `mark` is the last complete pass before the verify.
     """
 
     turn: Callable[[], AbstractAsyncContextManager[object]]
@@ -121,8 +123,6 @@ class Helpers:
     quarantine: Quarantine
     epoch: Epoch
     mark: PassTimes | None
-    source_ahead_ns: int = 0
-    epoch_since_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,16 +203,23 @@ class Verify:
     """One verify of one volume.
 
     `scratch` is a folder of nfsha's own for short-lived files, `clock_ms` any clock that does not
-    step back.
+    step back, `clock_ns` the wall clock.
 
     `run` does it all; `look`, `look_at` and `repair` are its steps. `end` ends it at any time: when
     it returns, no child is left and nothing is written any more.
     """
 
-    def __init__(self, request: VerifyRequest, scratch: Path, clock_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        request: VerifyRequest,
+        scratch: Path,
+        clock_ms: Callable[[], int],
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._request = request
         self._scratch = scratch
         self._clock_ms = clock_ms
+        self._clock_ns = clock_ns
         self._child: Child | None = None
         self._stop = asyncio.Event()
         self._own_writes = asyncio.Lock()
@@ -244,7 +251,8 @@ class Verify:
     ) -> Look:
         """Compares only these files."""
         tally = _Tally()
-        slices = _slices_of(self._request.root_fd, names, self._slice_bytes)
+        sizes = await asyncio.to_thread(_sizes, self._request.root_fd, names)
+        slices = _in_slices(zip(names, sizes, strict=True), self._slice_bytes)
         return await self._look(slices, tally, turn, lambda _: None)
 
     async def repair(self, entry: Entry, helpers: Helpers, names: Sequence[bytes]) -> Ending:
@@ -260,13 +268,13 @@ class Verify:
             why = kept.refused[0].why if kept.refused else "none was named"
             return Ending(Verdict.FAILED, 0, f"no old copy could be put aside: {why}")
         size = sum(await asyncio.to_thread(_sizes, self._request.root_fd, kept.names))
-        await self._writes(lambda: _make_incoming(self._request.root_fd))
         async with helpers.turn():
+            await self._writes(lambda: _make_incoming(self._request.root_fd))
             with _listed(self._scratch, kept.names) as listed:
                 course = self._course(listed, self._timeout_s(size))
                 copying = course.copy(make_way=0, bandwidth_kib_s=self._request.read_kib_s)
                 ending, _ = await self._rsync(copying, size)
-        await self._writes(lambda: _settle(self._request.root_fd))
+            await self._writes(lambda: _settle(self._request.root_fd))
         return ending
 
     async def end(self, within_s: float = END_WITHIN_S) -> None:
@@ -295,13 +303,15 @@ class Verify:
             return _outcome(first, second.verdict, second.sentence)
         suspects = second.suspects
         question = SuspectQuestion(self._request.uuid, suspects)
+        asked_ns = self._clock_ns()
         theirs = await helpers.ask(question) if suspects else ()
+        heard_ns = self._clock_ns()
         if theirs is None or tuple(one.name for one in theirs) != suspects:
             return _outcome(first, Verdict.RETRY, "the source told nothing about the suspects")
         ours = await asyncio.to_thread(answer, self._request.root_fd, question)
-        judgement = classify(
-            suspects, theirs, helpers.mark, ours,
-            source_ahead_ns=helpers.source_ahead_ns, epoch_since_ns=helpers.epoch_since_ns,
+        judgement = await asyncio.to_thread(
+            classify, suspects, theirs, helpers.mark, ours,
+            source_ahead_ns=source_ahead_ns(theirs, asked_ns, heard_ns),
         )  # fmt: skip
         changed = set(first.suspects) - set(suspects)
         merely = tuple((name, "equal after the next pass") for name in sorted(changed))
@@ -515,11 +525,6 @@ def _slices(
     yield from _in_slices(_files(root_fd, trouble), max_bytes)
 
 
-def _slices_of(root_fd: int, names: Sequence[bytes], max_bytes: int) -> Iterator[Slice]:
-    sizes = _sizes(root_fd, names)
-    return _in_slices(zip(names, sizes, strict=True), max_bytes)
-
-
 def _in_slices(files: Iterable[tuple[bytes, int]], max_bytes: int) -> Iterator[Slice]:
     names: list[bytes] = []
     total = 0
@@ -583,8 +588,9 @@ def _sizes(root_fd: int, names: Iterable[bytes]) -> list[int]:
 
 def _make_incoming(root_fd: int) -> None:
     """Where files are received, invisible to clients, until each takes its place."""
-    _remove_incoming(root_fd)
-    os.close(beneath.make_private(root_fd, INCOMING_NAME))
+    with beneath.same_times(root_fd):
+        _remove_incoming(root_fd)
+        os.close(beneath.make_private(root_fd, INCOMING_NAME))
 
 
 def _remove_incoming(root_fd: int) -> None:
@@ -595,5 +601,6 @@ def _remove_incoming(root_fd: int) -> None:
 
 def _settle(root_fd: int) -> None:
     """Makes durable what was transferred."""
-    _remove_incoming(root_fd)
+    with beneath.same_times(root_fd):
+        _remove_incoming(root_fd)
     beneath.sync_filesystem(root_fd)

@@ -33,6 +33,7 @@ from nfsha.replica.suspects import (
     answers_from_json,
     answers_to_json,
     classify,
+    source_ahead_ns,
 )
 from nfsha.replica.verify import Helpers, Look, Verify, VerifyOutcome, VerifyRequest
 
@@ -60,7 +61,7 @@ answers = st.builds(
     SuspectAnswer,
     names, whole, whole, whole, whole,
     st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
-    st.text(max_size=200),
+    st.text(max_size=200), whole, whole,
 )  # fmt: skip
 
 
@@ -181,13 +182,35 @@ def test_the_clocks_of_both_nodes_are_brought_together() -> None:
     assert ahead.findings[0].kind is Kind.DAMAGED
 
 
+@pytest.mark.parametrize(
+    ("told_s", "ahead_s"),
+    [((), 0), ((100,), 0), ((110,), 0), ((105, 107), 0), ((111,), 1), ((113, 112), 2), ((99,), -1),
+     ((90, 95), -5), ((0,), 0)],
+)  # fmt: skip
+def test_only_a_clock_that_is_surely_off_is_corrected(
+    told_s: tuple[int, ...], ahead_s: int
+) -> None:
+    told = [facts(5, told_ns=one * SECOND) for one in told_s]
+    assert source_ahead_ns(told, 100 * SECOND, 110 * SECOND) == ahead_s * SECOND
+
+
 def test_what_neither_wrote_in_this_epoch_was_copied_the_other_way() -> None:
-    source, copy = facts(600), facts(510, HASH_B)
-    judged = classify([b"a"], [source], MARK, [copy], epoch_since_ns=900 * SECOND)
+    source, copy = facts(600, epoch_since_ns=900 * SECOND), facts(510, HASH_B)
+    judged = classify([b"a"], [source], MARK, [copy])
     assert judged.findings[0].kind is Kind.DAMAGED
     assert "when this epoch began" in judged.findings[0].evidence
-    judged = classify([b"a"], [source], MARK, [copy], epoch_since_ns=550 * SECOND)
+    judged = classify([b"a"], [replace(source, epoch_since_ns=550 * SECOND)], MARK, [copy])
     assert judged.findings[0].kind is Kind.MISSED
+
+
+def test_the_stamp_and_the_clock_are_told(tmp_path: Path, root: int) -> None:
+    question = SuspectQuestion(UUID, (b"a",))
+    (without,) = answer(root, question, clock_ns=lambda: 42)
+    assert (without.told_ns, without.epoch_since_ns) == (42, 0)
+    stamp = tmp_path / ".nfsha-stamp"
+    stamp.write_text("3")
+    (told,) = answer(root, question)
+    assert told.epoch_since_ns == stamp.stat().st_ctime_ns
 
 
 def test_without_a_mark_the_two_ctimes_decide() -> None:
