@@ -181,7 +181,7 @@ def _lines(one: Facts) -> Iterator[tuple[str, str]]:
         if label in one:
             yield label, _place(one[label])
     sync = one.get("sync") or {}
-    if sync.get("progress"):
+    if _moves(sync.get("progress")):
         yield "progress", progress(sync["progress"])
     if sync.get("last"):
         yield "last pass", _pass(sync["last"])
@@ -213,6 +213,11 @@ def _place(facts: Facts | None) -> str:
         words.append("REFUSED")
     words.append(f"stamp {epoch_text(facts.get('stamp'))}")
     return ", ".join(words)
+
+
+def _moves(facts: Facts | None) -> bool:
+    """There is something to see of it: a pass that compares has no figures yet."""
+    return facts is not None and any(facts.get(key) for key in ("bytes", "files", "percent"))
 
 
 def progress(facts: Facts) -> str:
@@ -323,11 +328,17 @@ def word(one: Facts) -> str:
 
 def brief(answer: Facts) -> list[str]:
     """What is not as always, and one line for each volume, those in trouble first: for `status`."""
-    ordered = sorted(answer.get("volumes") or [], key=lambda one: not _in_trouble(one))
+    listed = [one for one in answer.get("volumes") or [] if not _is_none(one)]
+    ordered = sorted(listed, key=lambda one: not _in_trouble(one))
     lines = [*_remarks(answer.get("replication") or {}), *map(brief_line, ordered[:_BRIEF])]
     if len(ordered) > _BRIEF:
         lines.append(f"and {count(len(ordered) - _BRIEF, 'volume')} more: see `nfsha volumes`")
     return lines
+
+
+def _is_none(one: Facts) -> bool:
+    """A filesystem that cannot be a volume, and never was one."""
+    return one.get("uuid") is None and bool(get(one, "here", "refused"))
 
 
 def brief_line(one: Facts) -> str:
@@ -337,7 +348,7 @@ def brief_line(one: Facts) -> str:
         words = words[1:]
     told = f"{spelled(one['name'])}: {', '.join(words)}"
     running = get(one, "sync", "progress")
-    if running:
+    if _moves(running):
         told += f" {progress({**running, 'files': None})}"
     step = step_for(one) if held(one) else ""
     return f"{told}; {step}" if step else told

@@ -241,6 +241,16 @@ def test_what_cannot_be_a_volume_says_why() -> None:
     one = volume(".") | {"here": place(refused="tmpfs loses its content at a reboot")}
     told = render_volumes.volumes(answer(one), Style())
     assert ".: cannot be a volume: tmpfs loses its content at a reboot;" in told
+    assert render_volumes.brief(answer(one | {"uuid": None})) == []
+    assert len(render_volumes.brief(answer(one))) == 1
+
+
+def test_a_pass_that_compares_has_no_figures_yet() -> None:
+    none = {"stage": "plan", "bytes": 0, "total_bytes": None, "files": 0, "rate_bytes_s": 0,
+            "eta_s": None, "percent": None}  # fmt: skip
+    one = volume(state="running", progress=none)
+    assert render_volumes.brief_line(one) == "data: the copy is 12 s old, compares"
+    assert "progress" not in render_volumes.volumes(answer(one), Style())
 
 
 def test_two_volumes_of_one_name_with_different_identities() -> None:
