@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import stat
+import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.netns.treewalk import acl, differences
 
 REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "systemd" / "nfsha.service"
@@ -51,6 +57,10 @@ def settings(unit: Path) -> dict[str, list[str]]:
     return found
 
 
+def capabilities() -> list[str]:
+    return " ".join(settings(UNIT)["CapabilityBoundingSet"]).split()
+
+
 def seconds(text: str) -> float:
     number, unit = re.fullmatch(r"(\d+)(ms|s)", text).groups()  # type: ignore[union-attr]
     return int(number) / (1000 if unit == "ms" else 1)
@@ -76,7 +86,7 @@ def test_the_exposure_is_no_higher_than_promised(unit: Path) -> None:
 def test_each_concession_is_explained() -> None:
     page = PAGE.read_text()
     found = settings(UNIT)
-    for capability in found["CapabilityBoundingSet"][0].split():
+    for capability in capabilities():
         assert f"`{capability}`" in page
     for family in found["RestrictAddressFamilies"][0].split():
         assert f"`{family}`" in page
@@ -101,3 +111,82 @@ def test_a_restart_fits_into_the_lease_and_a_crash_loop_ends() -> None:
     assert any("release --if-stopped" in value for value in found["ExecStopPost"])
     assert any("check-config" in value for value in found["ExecStartPre"])
     assert found["RuntimeDirectoryPreserve"] == ["restart"]
+
+
+def test_the_powers_that_are_left_suffice_for_a_copy_of_everything(tmp_path: Path) -> None:
+    """A source and a pull with the unit's capabilities, on files of others and of every sort."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    script = tmp_path / "script.py"
+    script.write_text(COPY)
+    bounding = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in capabilities())
+    for place in (here, there):
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "nfsha-test", place], check=True)
+    try:
+        make_files_of_others(here)
+        done = subprocess.run(
+            ["setpriv", "--no-new-privs", f"--bounding-set=-all,{bounding}", "unshare", "--net",
+             sys.executable, script, here, there, tmp_path / "runtime"],
+            check=False, capture_output=True, text=True, timeout=60, cwd=REPOSITORY,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8"},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert differences(here, there) == []
+        assert os.getxattr(there / "theirs" / "file", "trusted.nfsha") == b"x"
+        assert os.getxattr(there / "theirs" / "file", "security.capability")
+        assert stat.S_ISBLK((there / "block").stat().st_mode)
+        assert (there / "theirs" / "file").stat().st_mode & 0o7777 == 0o6400
+    finally:
+        for place in (here, there):
+            subprocess.run(["umount", place], check=True)
+
+
+COPY = """
+import asyncio, subprocess, sys, time
+from pathlib import Path
+from nfsha.core.model import Epoch, Role
+from nfsha.replica.child import Child
+from nfsha.replica.source import Source, SourceVolume, epoch_token
+
+UUID = "12345678-1234-1234-1234-123456789abc"
+here, there, runtime = map(Path, sys.argv[1:])
+
+async def main():
+    token = epoch_token(b"k" * 32, Epoch(1, "0" * 16, Role.PRIMARY))
+    source = Source(runtime, "127.0.0.1", 7911, "127.0.0.1", lambda: time.monotonic_ns() // 10**6)
+    await source.serve(token, [SourceVolume(UUID, here)])
+    try:
+        assert source.running, source.trouble
+        url = f"rsync://{token.user}@127.0.0.1:7911/v-{UUID}/"
+        pull = await Child.start(
+            ["rsync", "-aHAXS", "--numeric-ids", "--fsync", "--modify-window=-1", url, f"{there}/"],
+            name="pull", env={"RSYNC_PASSWORD": token.password},
+        )
+        code = await pull.wait()
+        assert code == 0, (code, pull.errors)
+    finally:
+        await source.stop()
+
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+asyncio.run(main())
+"""
+
+
+def make_files_of_others(root: Path) -> None:
+    (root / ".nfsha-volume").write_text("12345678-1234-1234-1234-123456789abc\n")
+    theirs = root / "theirs"
+    theirs.mkdir(mode=0o700)
+    file = theirs / "file"
+    file.write_text("content")
+    (theirs / "same").hardlink_to(file)
+    for path in (file, theirs):
+        os.chown(path, 1234, 4321)
+    file.chmod(0o6400)
+    os.setxattr(file, "trusted.nfsha", b"x")
+    # linux/capability.h, vfs_cap_data version 2: CAP_NET_RAW, permitted and effective
+    os.setxattr(file, "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
+    os.setxattr(theirs, "system.posix_acl_access", acl(rwx=7, user=(777, 6), mask=6, other=0))
+    os.mknod(root / "block", stat.S_IFBLK | 0o600, os.makedev(7, 250))
+    os.mknod(root / "char", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.mkfifo(root / "fifo")
+    (root / "link").symlink_to("/nowhere")
