@@ -12,7 +12,7 @@ TESTS := $(wildcard tests/unit tests/sim tests/netns)
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
 PYTEST := timeout --foreground --signal=INT --kill-after=60 1440 $(PYTHON) -m pytest --session-timeout=1380
 
-.PHONY: help setup venv demo test test-all test-versions check format sim bench-failover \
+.PHONY: help setup venv demo test test-all test-versions check format sim bench-failover bench-replication \
 	lab-up lab-shell lab-down lock docs clean
 
 help: ## this list
@@ -51,6 +51,9 @@ sim: venv ## simulate: make sim SEEDS=2000 (both cores)
 
 bench-failover: setup ## outage and overlap, side by side with keepalived (root; long)
 	@$(PYTHON) -m bench.failover
+
+bench-replication: setup ## time, CPU, bytes and memory of copying, side by side with rsync from cron (root; long)
+	@$(PYTHON) -m bench.replication
 
 lab-up: setup ## build the lab and leave it up (root)
 	@$(PYTHON) -m tests.netns.lab up

@@ -53,10 +53,13 @@ class Lab:
         *,
         volumes: tuple[str, ...] = ("data",),
         volume_mib: int = 64,
+        inodes: int | None = None,
         protocols: str = "3",
         standing_name: str | None = None,
     ) -> None:
         """Makes nothing yet. Volumes are mounted at /nfs/NAME; protocols (of NFS): "3" or "3,4".
+
+        inodes: of each volume (None: mkfs's choice).
 
         standing_name: for a lab that outlives this process, until `down`; nobody watches it.
         """
@@ -65,6 +68,7 @@ class Lab:
         self.volumes = volumes
         self.key = cluster_key()
         self._volume_mib = volume_mib
+        self._inodes = inodes
         self._protocols = protocols
         self._stands = standing_name is not None
         self._description: Description | None = None
@@ -102,7 +106,7 @@ class Lab:
             raise
 
     def _make(self, folder: Path) -> None:
-        disks = make_disks(folder, STORAGE, self.volumes, self._volume_mib)
+        disks = make_disks(folder, STORAGE, self.volumes, self._volume_mib, self._inodes)
         self._switch = Switch.make()
         self._record("switch", self._switch.namespace.name)
         for name in PLACES:

@@ -29,6 +29,7 @@ TARGETS = [
     "check",
     "sim",
     "bench-failover",
+    "bench-replication",
     "lab-up",
     "lab-shell",
     "lab-down",

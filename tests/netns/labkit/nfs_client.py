@@ -50,6 +50,7 @@ def _load() -> ctypes.CDLL:
         "nfs_pread_async": [pointer, pointer, long, long, _Callback, pointer],
         "nfs_close_async": [pointer, pointer, _Callback, pointer],
         "nfs_unlink_async": [pointer, text, _Callback, pointer],
+        "nfs_rename_async": [pointer, text, text, _Callback, pointer],
         "nfs_parse_url_dir": [pointer, text],
         "nfs_destroy_url": [pointer],
     }
@@ -134,6 +135,10 @@ class Mount:
     def unlink(self, path: str) -> None:
         """Removes a file."""
         self._call("nfs_unlink_async", path.encode())
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a file another name, also in another folder."""
+        self._call("nfs_rename_async", old.encode(), new.encode())
 
     def put(self, path: str, offset: int, content: bytes) -> None:
         """Open (create) by path, write, commit, close: a client that holds nothing open."""

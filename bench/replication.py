@@ -1,0 +1,317 @@
+"""The bench of replication: nfsha beside the rsync of a crontab; `make bench-replication`.
+
+It writes replication.md and replication.json, and ends with exit code 1 when a bar is not met.
+Needs root, 30 GiB of disk below /tmp, and about an hour with three runs at all sizes.
+
+    python -m bench.replication [--runs N] [--sizes N,...] [--only PART,...] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from bench import machine
+from bench import replication_report as report
+from bench.findings import passed
+from bench.replication_findings import FIRST, Equality, Findings, Journal, Sample, bars
+from bench.replication_sides import Cron, Nfsha, Pass, Side
+from bench.replication_trees import Changes, Tree, forget_names, look, make, make_large
+from bench.replication_usage import cpu_s
+from tests.netns.lab import Lab, require_root
+from tests.netns.labkit import registry
+from tests.netns.labkit.place import REPOSITORY, LabError
+from tests.netns.treewalk import differences
+
+TREES = {files: Tree(files, files // 1000) for files in (10_000, 100_000, 1_000_000)}
+PARTS = ("calm", "changes", "journal", *FIRST)
+RESULTS = REPOSITORY / "bench" / "results"
+MAX_RUNS = 20
+VOLUMES = ("one", "two", "three", "four")
+LARGE_BYTES = 1 << 30
+SMALL_FILES = 100_000
+JOURNAL_S = 20.0
+JOURNAL_CHANGES_A_SECOND = 1000
+_FREE_BYTES = 30 << 30
+_COPY_S = 1800
+
+
+class Bench:
+    """One run of the bench: carries out the parts and keeps what they found."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._began_s = time.monotonic()
+        self.findings = Findings(_facts(), options.runs)
+
+    def run(self) -> None:
+        """All parts that were asked for. Raises LabError when a lab or a side fails for good."""
+        only: tuple[str, ...] = self._options.only
+        if {"calm", "changes", "journal"} & set(only):
+            for size in self._options.sizes:
+                self._tree(TREES[size])
+        for scenario in FIRST:
+            if scenario in only:
+                for run in range(1, self._options.runs + 1):
+                    self._first(scenario, run)
+
+    def write(self) -> None:
+        """Writes what was found so far."""
+        report.write(self._options.out, self.findings, Cron.configuration())
+
+    # ------------------------------------------------------------- passes over one tree
+
+    def _tree(self, tree: Tree) -> None:
+        size_mib = max(1024, tree.files * 6 // 1024 + 1024)
+        inodes = tree.files + 20_000
+        with Lab(volumes=(tree.volume,), volume_mib=size_mib, inodes=inodes) as lab:
+            cron, nfsha = Cron(lab, size_mib, inodes), Nfsha(lab)
+            self._say(f"{tree.files:,} files: making the tree and both copies")
+            self._prepare(lab, tree, cron, nfsha)
+            changes = Changes(lab)
+            for run in range(1, self._options.runs + 1):
+                sides: list[Side] = [nfsha, cron] if run % 2 else [cron, nfsha]
+                if "calm" in self._options.only:
+                    self._passes("calm", tree, run, sides)
+                if "changes" in self._options.only:
+                    changes.make(tree)
+                    look(lab.a.path(f"/nfs/{tree.volume}"), *(s.target(tree.volume) for s in sides))
+                    self._passes("changes", tree, run, sides)
+            if "journal" in self._options.only and tree.files == max(self._options.sizes):
+                self._journal(lab, tree, nfsha)
+            for side in (cron, nfsha):
+                side.sync(tree.volume)
+                self._compare(side.name, lab, tree.volume, side.target(tree.volume), tree.files)
+
+    def _prepare(self, lab: Lab, tree: Tree, cron: Cron, nfsha: Nfsha) -> None:
+        """Pairs the volumes while they are empty, and fills all three while nobody looks."""
+        nfsha.start()
+        nfsha.stop()
+        source = lab.a.path(f"/nfs/{tree.volume}")
+        make(tree, source)
+        for side in (cron, nfsha):
+            _copy(source, side.target(tree.volume))
+        os.sync()
+        cron.start()
+        nfsha.start()
+        for side in (cron, nfsha):
+            side.sync(tree.volume)
+        look(source, cron.target(tree.volume), nfsha.target(tree.volume))
+
+    def _passes(self, scenario: str, tree: Tree, run: int, sides: Sequence[Side]) -> None:
+        told = []
+        for side in sides:
+            os.sync()
+            done = self._try(
+                lambda side=side: side.sync(tree.volume),  # type: ignore[misc]
+                f"{side.name}, {scenario}, {tree.files:,} files, run {run}",
+            )
+            if done is not None:
+                self._keep(side.name, scenario, tree.files, run, done)
+                told.append(f"{side.title} {done.cost.wall_s:.2f} s ({done.walk or 'all'})")
+        self._say(f"{tree.files:,} files, {scenario}, run {run}: {', '.join(told)}")
+
+    # ------------------------------------------------------------- initial copies
+
+    def _first(self, scenario: str, run: int) -> None:
+        size_mib, inodes = 1024, SMALL_FILES // len(VOLUMES) + 5000
+        with Lab(volumes=VOLUMES, volume_mib=size_mib, inodes=inodes) as lab:
+            cron, nfsha = Cron(lab, size_mib, inodes), Nfsha(lab)
+            for number, volume in enumerate(VOLUMES):
+                _fill(scenario, lab.a.path(f"/nfs/{volume}"), number)
+            cron.start()
+            sides: list[Side] = [nfsha, cron] if run % 2 else [cron, nfsha]
+            told = []
+            for side in sides:
+                os.sync()
+                done = self._try(side.first, f"{side.name}, {scenario}, run {run}")
+                if done is not None:
+                    self._keep(side.name, scenario, 0, run, done)
+                    told.append(f"{side.title} {done.cost.wall_s:.2f} s")
+                    for volume in VOLUMES if run == self._options.runs else ():
+                        self._compare(side.name, lab, volume, side.target(volume), 0, scenario)
+            self._say(f"initial copy, {scenario}, run {run}: {', '.join(told)}")
+
+    # ------------------------------------------------------------- the change journal
+
+    def _journal(self, lab: Lab, tree: Tree, nfsha: Nfsha) -> None:
+        pid = nfsha.daemon_of_source()
+        idle_percent, _ = _watch(pid, lambda: time.sleep(JOURNAL_S))
+        forget_names()
+        root = lab.a.path(f"/nfs/{tree.volume}")
+        made = 0
+
+        def change() -> None:
+            nonlocal made
+            made = _change_all_the_time(root, tree)
+
+        busy_percent, took_s = _watch(pid, change)
+        found = Journal(round(took_s, 2), made / took_s, idle_percent, busy_percent)
+        self.findings.journal = found
+        self._say(f"journal: {found.percent:.2f} % at {found.changes_a_second:,.0f} changes/s")
+
+    # ------------------------------------------------------------- keeping
+
+    def _keep(self, side: str, scenario: str, size: int, run: int, done: Pass) -> None:
+        cost = done.cost
+        self.findings.samples.append(
+            Sample(
+                side,
+                scenario,
+                size,
+                run,
+                cost.wall_s,
+                cost.cpu_s,
+                cost.wire_bytes,
+                cost.peak_mib,
+                done.walk,
+                done.full_walks,
+            )
+        )
+
+    def _compare(
+        self, side: str, lab: Lab, volume: str, target: Path, files: int, scenario: str = ""
+    ) -> None:
+        self._say(f"comparing {volume} of {side} with its source")
+        found = tuple(differences(lab.a.path(f"/nfs/{volume}"), target, limit=10))
+        what = f"{scenario}, {volume}" if scenario else volume
+        self.findings.equalities.append(Equality(side, what, files or look(target), found))
+
+    def _try(self, work: Callable[[], Pass], what: str) -> Pass | None:
+        try:
+            return work()
+        except LabError as error:
+            self.findings.failures.append(f"{what}: {error}")
+            self._say(f"{what} FAILED: {error}")
+            return None
+
+    def _say(self, words: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._began_s), 60)
+        print(f"[{minutes:3d}:{seconds:02d}] {words}", flush=True)
+
+
+def _facts() -> dict[str, str]:
+    facts = machine.facts()
+    facts.pop("keepalived")
+    said = subprocess.run(["rsync", "--version"], capture_output=True, text=True, check=False)
+    return facts | {"rsync": said.stdout.split()[2] if said.stdout else "unknown"}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """On this machine, while no daemon runs: everything but what a side made for itself."""
+    folders = [str(one) for one in source.iterdir() if one.name.startswith("folder")]
+    subprocess.run(["cp", "-a", "-t", str(target), *folders], check=True, timeout=_COPY_S)
+
+
+def _fill(scenario: str, root: Path, seed: int) -> None:
+    if scenario == "large":
+        make_large(root, LARGE_BYTES // len(VOLUMES), 4, seed)
+    else:
+        make(Tree(SMALL_FILES // len(VOLUMES), 25), root)
+
+
+def _watch(pid: int, work: Callable[[], None]) -> tuple[float, float]:
+    """CPU of a process and its children while work goes on, in percent of a core, and how long."""
+    before_s, began_s = cpu_s([pid]), time.monotonic()
+    work()
+    took_s = time.monotonic() - began_s
+    return 100 * (cpu_s([pid]) - before_s) / took_s, took_s
+
+
+def _change_all_the_time(root: Path, tree: Tree) -> int:
+    """Appends to so many files a second, in all folders; returns how many it made."""
+    began_s, made = time.monotonic(), 0
+    while (now_s := time.monotonic() - began_s) < JOURNAL_S:
+        while made < now_s * JOURNAL_CHANGES_A_SECOND:
+            with (root / tree.name(made, made // tree.folders)).open("ab", 0) as file:
+                file.write(b"changed\n")
+            made += 1
+        time.sleep(0.005)
+    return made
+
+
+def _words(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    wanted = tuple(word.strip() for word in text.split(","))
+    unknown = [word for word in wanted if word not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no such thing: {', '.join(unknown)}; there are {', '.join(known)}"
+        )
+    return wanted
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """The value of --only. Raises argparse.ArgumentTypeError with the parts that there are."""
+    return _words(text, PARTS)
+
+
+def tree_sizes(text: str) -> tuple[int, ...]:
+    """The value of --sizes. Raises argparse.ArgumentTypeError with the sizes that there are."""
+    return tuple(int(word) for word in _words(text, [str(size) for size in TREES]))
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.replication", description="nfsha beside cron")
+    parser.add_argument("--runs", type=int, default=3, help="of each pass (default: 3)")
+    parser.add_argument(
+        "--sizes",
+        type=tree_sizes,
+        default=tuple(TREES),
+        help=f"some of {','.join(map(str, TREES))} (default: all)",
+    )
+    parser.add_argument(
+        "--only", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    if not 1 <= options.runs <= MAX_RUNS:
+        parser.error(f"--runs {options.runs}: 1 to {MAX_RUNS} is expected")
+    return options
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_space() -> None:
+    free = shutil.disk_usage("/tmp").free
+    if free < _FREE_BYTES:
+        raise LabError(f"/tmp has {free >> 30} GiB free, {_FREE_BYTES >> 30} GiB are needed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the bench; returns 0, 1 when a bar is not met, 2 when it cannot run, 130 after ^C."""
+    options = _options(argv)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        require_root()
+        _require_space()
+        bench = Bench(options)
+        bench.run()
+    except LabError as error:
+        print(f"the bench cannot go on: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ended; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        registry.sweep()
+    bench.write()
+    judged = bars(bench.findings)
+    for bar in judged:
+        word = {True: "met", False: "NOT MET", None: "-"}[bar.met]
+        print(f"{word:8}{bar.text}: {bar.found}")
+    print(f"written: {options.out / 'replication.md'}")
+    return 0 if passed(judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The findings as a page for people (replication.md) and as raw samples (replication.json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.findings import Bar
+from bench.replication_findings import FIRST, PASSES, SIDES, Findings, Sample, bars, sizes
+
+_WORDS = {True: "met", False: "**not met**", None: "not measured"}
+_FIGURES: tuple[tuple[str, str, Callable[[Sample], float]], ...] = (
+    ("wall time (s)", ".2f", lambda one: one.wall_s),
+    ("CPU time, both nodes (s)", ".2f", lambda one: one.cpu_s),
+    ("on the wire (KiB)", ",.0f", lambda one: one.wire_bytes / 1024),
+    ("peak memory, both nodes (MiB)", ".0f", lambda one: one.peak_mib),
+)
+
+
+def write(folder: Path, findings: Findings, configuration: dict[str, str]) -> None:
+    """Writes replication.md, replication.json, and the files of the cron rsync beside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = asdict(findings) | {"bars": [asdict(bar) for bar in bars(findings)]}
+    (folder / "replication.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (folder / "replication.md").write_text(page(findings))
+    for name, text in configuration.items():
+        (folder / f"replication-{name}").write_text(text)
+
+
+def page(findings: Findings) -> str:
+    """The whole page."""
+    parts = [
+        "# Replication: nfsha beside rsync from cron",
+        "Made by `make bench-replication`; the raw samples are in `replication.json`, the files of "
+        "the cron rsync are beside it. Both copied from one storage node to the other in one lab "
+        "of network namespaces, to filesystems made alike (ext4, loop-mounted), in turns, with a "
+        "warm cache. The client's changes went through a real NFS server, after the kernel had "
+        "dropped all names. nfsha's time is that of the whole command `nfsha sync VOLUME --wait`, "
+        "its own start with it; its CPU time and memory are those of both daemons and all their "
+        "children. Cells: minimum / **median** / maximum of "
+        f"{findings.runs} run{'s' if findings.runs != 1 else ''}.",
+        _facts(findings),
+        "## Bars",
+        _bars(bars(findings)),
+    ]
+    for size in sizes(findings):
+        for scenario, words in PASSES.items():
+            parts += [f"## {size:,} files: {words}", _cells(findings, scenario, size)]
+    for scenario, words in FIRST.items():
+        if any(one.scenario == scenario for one in findings.samples):
+            parts += [f"## {words[0].upper()}{words[1:]}", _cells(findings, scenario, 0)]
+    parts += [*_walks(findings), *_journal(findings), *_equal(findings), *_failures(findings)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _facts(findings: Findings) -> str:
+    return _table(["", ""], ([name, said] for name, said in findings.facts.items()))
+
+
+def _bars(judged: Iterable[Bar]) -> str:
+    return _table(["bar", "found", ""], ([bar.text, bar.found, _WORDS[bar.met]] for bar in judged))
+
+
+def _cells(findings: Findings, scenario: str, size: int) -> str:
+    rows = [
+        [title, *(_cell(findings, side, scenario, size, form, figure) for side in SIDES)]
+        for title, form, figure in _FIGURES
+    ]
+    return _table(["", *SIDES.values()], rows)
+
+
+def _cell(
+    findings: Findings,
+    side: str,
+    scenario: str,
+    size: int,
+    form: str,
+    figure: Callable[[Sample], float],
+) -> str:
+    spread = findings.spread(side, scenario, size, figure)
+    if spread is None:
+        return "-"
+    return f"{spread.least:{form}} / **{spread.median:{form}}** / {spread.most:{form}}"
+
+
+def _walks(findings: Findings) -> list[str]:
+    timed = [one for one in findings.samples if one.side == "nfsha" and one.scenario in PASSES]
+    if not timed:
+        return []
+    walks = sum(one.full_walks for one in timed)
+    return [f"Full walks in the {len(timed)} timed passes of nfsha: {walks}."]
+
+
+def _journal(findings: Findings) -> list[str]:
+    found = findings.journal
+    if found is None:
+        return []
+    return [
+        "## The change journal",
+        f"{found.changes_a_second:,.0f} changes a second for {found.seconds:.0f} s: the active "
+        f"daemon used {found.busy_percent:.2f} % of a core, {found.idle_percent:.2f} % before. "
+        f"The changes cost {found.percent:.2f} %.",
+    ]
+
+
+def _equal(findings: Findings) -> list[str]:
+    if not findings.equalities:
+        return []
+    rows = [
+        [
+            SIDES[one.side],
+            one.what,
+            f"{one.files:,}",
+            "equal" if not one.differences else f"**differs**: {one.differences[0]}",
+        ]
+        for one in findings.equalities
+    ]
+    head = ["copy", "tree", "files", "compared with its source, all contents read"]
+    return ["## Trees afterwards", _table(head, rows)]
+
+
+def _failures(findings: Findings) -> list[str]:
+    if not findings.failures:
+        return []
+    lines = [f"- {one.splitlines()[0]}" for one in findings.failures]
+    return ["## What failed", "\n".join(lines)]
