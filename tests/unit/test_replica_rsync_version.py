@@ -9,7 +9,6 @@ from nfsha.replica.rsync_version import HOLES, Abilities, _upstream, missing, pa
 DEBIAN_12 = """\
 rsync  version 3.2.7  protocol version 31
 Copyright (C) 1996-2022 by Andrew Tridgell, Wayne Davison, and others.
-Web site: https://rsync.samba.org/
 Capabilities:
     64-bit files, 64-bit inums, 64-bit timestamps, 64-bit long ints,
     socketpairs, symlinks, symtimes, hardlinks, hardlink-specials,
