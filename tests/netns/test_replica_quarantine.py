@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import random
 import shutil
 import signal
 import stat
@@ -18,14 +17,13 @@ from pathlib import Path
 import pytest
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica import beneath
 from nfsha.replica.quarantine import MAX_NAMES, STORE, Entry, Quarantine, QuarantineError
 from tests.netns.namespaces import run
 from tests.netns.treewalk import acl, differences, make_odd_tree
 from tests.netns.volumekit import LoopVolume
 
 EPOCH = Epoch(7, "0123456789abcdef", Role.PRIMARY)
-REPOSITORY = Path(__file__).resolve().parents[2]
-CUT_FILES = 600
 
 
 @pytest.fixture(params=["ext4", "xfs"])
@@ -243,78 +241,91 @@ def test_a_client_that_swaps_folders_for_links_gets_nothing_written_outside(
     assert sorted(content) == sorted(names)  # each file exactly once, wherever it is
 
 
-@pytest.mark.parametrize("work", ["keep", "restore", "drop"])
-def test_killed_at_any_moment_each_file_is_in_one_place(ext4: LoopVolume, work: str) -> None:
-    names = [f"folder{number % 40}/file{number}".encode() for number in range(CUT_FILES)]
-    chance = random.Random(11)
-    cut_in_the_middle = 0
-    for _ in range(6):
+@pytest.mark.parametrize("work", ["keep", "keep in place", "finish", "restore", "drop"])
+def test_killed_before_any_step_each_file_is_in_one_place(ext4: LoopVolume, work: str) -> None:
+    names = [f"folder{number % 3}/deep/file{number}".encode() for number in range(7)]
+    for step in itertools.count():
         for name in names:
             path = ext4.path / os.fsdecode(name)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(name)
         with opened(ext4) as store:
             entry = begin(store)
-            if work != "keep":
+            if not work.startswith("keep"):
                 keep_all(store, entry, names)
+            if work in ("restore", "drop"):
                 store.finish(entry)
-                for number in range(40):
-                    (ext4.path / f"folder{number}").rmdir()
-        _kill_in_the_middle(ext4, work, entry.name, names, chance.uniform(0, 0.05))
-        with opened(ext4) as store:
-            entries = store.list().entries
-            here = _names_at(ext4.path, names)
-            aside = set[bytes]().union(
-                *(_names_at(ext4.path / one.backup_dir, names) for one in entries)
-            )
-            assert not here & aside
-            if work == "drop":
-                assert not here and len(aside) in (0, CUT_FILES)  # listed whole, or not at all
-            else:
-                assert here | aside == set(names)
-                cut_in_the_middle += bool(here and aside)
-            for one in entries:
-                assert store.restore(one.name).refused_count == 0
-            begin(store)  # sweeps up
-            left = [path.name for path in (ext4.path / STORE).iterdir()]
-            assert [name for name in left if not name.endswith(".dropped")] == left
-            for one in store.list().entries:
-                store.drop(one.name, confirm=one.name)
-        if work != "drop":
-            assert _names_at(ext4.path, names) == set(names)
-            for name in names:
-                assert (ext4.path / os.fsdecode(name)).read_bytes() == name
-    assert cut_in_the_middle or work == "drop"
+                for number in range(3):
+                    shutil.rmtree(ext4.path / f"folder{number}")
+            cut = _cut_before(step, lambda: _work(store, work, entry, names))  # noqa: B023
+        with opened(ext4) as store:  # the next life
+            _check_after_cut(ext4, store, work, names)
+        if not cut:
+            assert step >= 6
+            return
 
 
-_WORK = """
-import os, sys
-from nfsha.replica.quarantine import Quarantine
-fd = os.open(sys.argv[1], os.O_RDONLY)
-store, work, entry = Quarantine(fd), sys.argv[2], sys.argv[3]
-names = [os.fsencode(name) for name in sys.argv[4:]]
-found = next(one for one in store.list().entries if one.name == entry)
-print("go", flush=True)
-if work == "keep":
-    for name in names:
-        store.keep(found, [name])
-elif work == "restore":
-    store.restore(entry)
-else:
-    store.drop(entry, confirm=entry)
-"""
+def _work(store: Quarantine, work: str, entry: Entry, names: list[bytes]) -> None:
+    match work:
+        case "keep" | "keep in place":
+            store.keep(entry, names, in_place=work != "keep")
+        case "finish":
+            store.finish(entry)
+        case "restore":
+            store.restore(entry.name)
+        case _:
+            store.drop(entry.name, confirm=entry.name)
 
 
-def _kill_in_the_middle(
-    volume: LoopVolume, work: str, entry: str, names: list[bytes], delay_s: float
-) -> None:
-    argv = [os.fsencode(one) for one in (sys.executable, "-c", _WORK, volume.path, work, entry)]
-    argv += names
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=REPOSITORY) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"go\n"
-        time.sleep(delay_s)
-        child.send_signal(signal.SIGKILL)
+_STEPS = ("mkdir", "rename", "link", "unlink", "rmdir", "fsync", "utime", "fchmod", "setxattr")
+
+
+def _cut_before(step: int, act: Callable[[], None]) -> bool:
+    """Runs it in a forked process that is killed before its `step`th change; True if it was."""
+    pid = os.fork()
+    if pid == 0:
+        left = itertools.count(step, -1)
+
+        def counted(change: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: object, **options: object) -> object:
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **options)
+
+            return call
+
+        for name in _STEPS:
+            setattr(os, name, counted(getattr(os, name)))
+        for name in ("rename_noreplace", "sync_filesystem"):
+            setattr(beneath, name, counted(getattr(beneath, name)))
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def _check_after_cut(volume: LoopVolume, store: Quarantine, work: str, names: list[bytes]) -> None:
+    entries = store.list().entries
+    here = _names_at(volume.path, names)
+    aside = set[bytes]().union(*(_names_at(volume.path / one.backup_dir, names) for one in entries))
+    if work == "drop":
+        assert not here and aside in (set(), set(names))  # listed whole, or not at all
+    elif work == "keep in place":
+        assert here == set(names)
+    else:
+        assert here | aside == set(names) and not here & aside
+    for one in entries:
+        restored = store.restore(one.name, beside=work == "keep in place")
+        assert restored.refused_count == 0
+    store.finish(begin(store))  # sweeps up
+    assert [path.name for path in (volume.path / STORE).iterdir()] == []
+    if work != "drop":
+        for name in names:
+            assert (volume.path / os.fsdecode(name)).read_bytes() == name
 
 
 def _names_at(root: Path, names: list[bytes]) -> set[bytes]:
