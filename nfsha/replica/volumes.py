@@ -572,7 +572,7 @@ def _first_line(root_fd: int, name: str) -> str | None:
             ) from error
         raise
     first, *rest = data.decode("ascii", "backslashreplace").split("\n")
-    if not rest or rest[-1] or any(line and not line.startswith("#") for line in rest):
+    if not rest or rest[-1] or not all(line.startswith("#") for line in rest[:-1]):
         return f"{first} (and more, or without a line's end)"
     return first
 
