@@ -51,7 +51,9 @@ _PAIRED: Final[Mapping[str, str]] = {
     "unpaired-there": "UNPAIRED, only the other node's volume has an identity",
     _STRANGERS: "UNPAIRED, the volumes of this name have different identities",
 }
+_OFFERED: Final = "offered"
 _STATES: Final[Mapping[str, str]] = {
+    _OFFERED: "offered to the other node",
     "idle": "idle",
     "planned": "waits for its turn",
     "held": "DELETIONS HELD",
@@ -83,7 +85,7 @@ def bar(percent: float) -> str:
 
 def volumes(answer: Facts, style: Style) -> str:
     """All volumes, each as it is on both nodes, with what differs and what to do."""
-    listed = _told_apart(answer.get("volumes") or [])
+    listed = _told_apart(_listed(answer))
     lines = list(_way(answer.get("replication") or {}))
     for one in listed:
         lines += ["", *_volume(one, style)]
@@ -91,6 +93,21 @@ def volumes(answer: Facts, style: Style) -> str:
         lines += ["", "no volumes: nothing is mounted at or under nfs.root"]
     lines += ["", *labelled("next", _next(answer, listed))]
     return "\n".join(lines)
+
+
+def _listed(answer: Facts) -> Sequence[Facts]:
+    """The volumes; on the source without what is left of passes that it made before it served."""
+    listed: Sequence[Facts] = answer.get("volumes") or []
+    if get(answer, "replication", "mode") != "source":
+        return listed
+    kept = ("last", "age_ms")
+    return [
+        {
+            **one,
+            "sync": {"state": _OFFERED, **{key: get(one, "sync", key) for key in kept}},
+        }
+        for one in listed
+    ]
 
 
 def _told_apart(listed: Sequence[Facts]) -> list[Facts]:
@@ -114,9 +131,9 @@ def _remarks(facts: Facts) -> Iterator[str]:
         yield f"ITS RSYNC DAEMON DOES NOT RUN: {source.get('trouble') or 'not started yet'}"
     elif source.get("trouble"):
         yield str(source["trouble"])
-    if facts.get("paused"):
+    if facts.get("paused") and facts.get("mode") != "source":
         yield "PAUSED: no pass begins until `nfsha sync --resume`"
-    if facts.get("bandwidth_kib_s") is not None:
+    if facts.get("bandwidth_kib_s") is not None and facts.get("mode") != "source":
         yield f"each transfer is limited to {size(1024 * facts['bandwidth_kib_s'])} per second"
     yield from (f"warning: {warning}" for warning in facts.get("warnings") or [])
 
@@ -136,7 +153,7 @@ def _gist(one: Facts) -> Iterator[str]:
     yield pairing(one)
     if one.get("paired") == "paired":
         age_ms = get(one, "sync", "age_ms")
-        yield "never copied whole" if age_ms is None else f"the copy is {duration(age_ms)} old"
+        yield "no complete pass is known" if age_ms is None else f"the copy is {duration(age_ms)} old"
     yield state(one)
 
 
@@ -281,7 +298,7 @@ def _next(answer: Facts, listed: Sequence[Facts]) -> str:
     steps = [step for one in listed if (step := step_for(one))]
     if steps:
         return steps[0]
-    if get(answer, "replication", "paused"):
+    if get(answer, "replication", "paused") and get(answer, "replication", "mode") != "source":
         return "`nfsha sync --resume` when the work is done"
     if get(answer, "replication", "source", "trouble"):
         return "mend what keeps the rsync daemon from running; it is started again by itself"
@@ -328,7 +345,7 @@ def word(one: Facts) -> str:
 
 def brief(answer: Facts) -> list[str]:
     """What is not as always, and one line for each volume, those in trouble first: for `status`."""
-    listed = [one for one in answer.get("volumes") or [] if not _is_none(one)]
+    listed = [one for one in _listed(answer) if not _is_none(one)]
     ordered = sorted(listed, key=lambda one: not _in_trouble(one))
     lines = [*_remarks(answer.get("replication") or {}), *map(brief_line, ordered[:_BRIEF])]
     if len(ordered) > _BRIEF:

@@ -108,10 +108,10 @@ def lonely(side: str) -> Facts:
 
 
 def source() -> Facts:
-    one = volume(next_ms=None, state="off")
-    one["sync"] |= {"full_walks": {}, "missed_by_journal": 4}
+    """A node that was the target before: what its own passes left is not of interest."""
     trouble = "rsync ended with 10: the port is in use"
-    return answer(one, mode="source", source={"running": False, "trouble": trouble})
+    way = {"source": {"running": False, "trouble": trouble}, "paused": True, "bandwidth_kib_s": 9}
+    return answer(held(), mode="source", **way)
 
 
 LISTING = {
