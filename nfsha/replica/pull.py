@@ -23,7 +23,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Final
 
@@ -67,8 +67,11 @@ __all__ = [
 _END_WITHIN_S: Final = 5.0
 _LONGEST_S: Final = 7 * 24 * 3600
 _FEW_INODES: Final = 16
+_INT_MAX: Final = (1 << 31) - 1
+_LOOKS_MAX: Final = 3
+_VANISHED: Final = 24
 _TIMED_OUT: Final = 30  # as rsync itself calls it
-_WITH_COUNTS: Final = (0, 23, 24, 25)
+_WITH_COUNTS: Final = (0, 23, _VANISHED, 25)
 MAX_CONTROL_BYTES: Final = 32 << 20
 
 
@@ -103,7 +106,8 @@ class PassOutcome:
     `exit_code`: rsync's, of the run that gave the verdict. `files`: entries of the volume (of the
     source, after a full walk; else reckoned on from `known_files`). `plan`: what waits, or what was
     deleted; None when nothing was to be deleted or no plan could be made. `sentence` is for people.
-    `vanished`: names that the next pass must find gone or copied.
+    `vanished`: names that went away while they were read. A second look found them gone, or copied
+    them, unless the verdict is INCOMPLETE.
     """
 
     verdict: Verdict
@@ -142,13 +146,14 @@ class _Run:
     @property
     def went_through(self) -> bool:
         """It did its whole work: nothing failed, at most files vanished."""
-        return self.ending.code in (0, 24)
+        return self.ending.code in (0, _VANISHED)
 
 
 @dataclass(slots=True)
 class _Tally:
     endings: list[Ending] = field(default_factory=list)
     vanished: list[bytes] = field(default_factory=list)
+    vanished_count: int = 0
     wire_bytes: int = 0
     transferred_files: int = 0
     transferred_bytes: int = 0
@@ -161,6 +166,7 @@ class _Tally:
         self.endings.append(run.ending)
         self.full |= run.complaints.full
         self.vanished += run.complaints.vanished
+        self.vanished_count += run.complaints.vanished_count
         if run.stats is not None:
             self.wire_bytes += run.stats.wire_bytes
 
@@ -259,6 +265,9 @@ class Pull:
     async def _pass(self) -> str:
         """Goes through the steps; returns why deletions are held, or nothing."""
         request = self.request
+        if request.folders == ():
+            self._tally.endings.append(Ending(Verdict.COMPLETE, 0, "no folder changed"))
+            return ""
         with self._list_file() as listed:
             await asyncio.to_thread(self._write_list, listed)
             whole = request.folders is None
@@ -277,6 +286,8 @@ class Pull:
                 await self._copy(course, total_bytes=None, make_way=0)
             else:
                 held = await self._by_plan(course)
+            if self._worst.verdict is Verdict.INCOMPLETE and self._worst.code == _VANISHED:
+                await self._look_again(course)
         if self._worst.verdict in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._report(Progress(Stage.CHECK))
             await asyncio.to_thread(sync_filesystem, request.root_fd)
@@ -308,6 +319,31 @@ class Pull:
         if may_delete or (run.went_through and reader.touched and not reader.copies):
             await self._settle(course, reader, ceiling if may_delete else None)
         return held
+
+    async def _look_again(self, course: Course) -> None:
+        """Asks once more for what vanished: it must be gone, or come now.
+
+        Else a volume on which files come and go all the time would never have a complete pass.
+        """
+        tally = self._tally
+        if len(tally.vanished) != tally.vanished_count:
+            return  # too many to be named
+        wanted = tally.vanished
+        entries = tally.entries
+        for _ in range(_LOOKS_MAX):
+            with self._list_file() as listed:
+                parents = {name.rpartition(b"/")[0] or b"." for name in wanted}
+                names = folder_list((), sorted({*wanted, *parents}))
+                await asyncio.to_thread(_write, listed, names)
+                again = replace(course, list_path=listed.name)
+                run = await self._copy(again, total_bytes=None, make_way=0)
+            tally.entries = entries  # of the volume, not of this list
+            if run.ending.code == 0:
+                tally.endings = [Ending(Verdict.COMPLETE, _VANISHED, "complete")]
+                return
+            if run.ending.code != _VANISHED:
+                return
+            wanted = run.complaints.vanished
 
     async def _copy(self, course: Course, *, total_bytes: int | None, make_way: int) -> _Run:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
@@ -373,7 +409,7 @@ class Pull:
         if isinstance(code, str):
             return _Run(Ending(Verdict.RETRY, _TIMED_OUT, code), complaints, None)
         ending = judge(code, complaints)
-        if code == 24 and await asyncio.to_thread(self._only_gone, complaints):
+        if code == _VANISHED and await asyncio.to_thread(self._only_gone, complaints):
             ending = Ending(Verdict.COMPLETE, code, "complete")
         try:
             return _Run(ending, complaints, rest.stats() if code in _WITH_COUNTS else None)
@@ -446,13 +482,14 @@ class Pull:
         if found != wanted:
             return False
         complaints.vanished.clear()
+        complaints.vanished_count = 0
         return True
 
     @property
     def _ceiling(self) -> int:
         """At most so many deletions in one run: what is allowed, or what was accepted."""
         planned = 0 if self._plan is None else self._plan.count
-        return max(planned, self.request.limits.allowed)
+        return min(max(planned, self.request.limits.allowed), _INT_MAX)
 
     @property
     def _worst(self) -> Ending:

@@ -210,16 +210,31 @@ def test_5_too_many_connections_is_worth_another_try(
     assert (found[0].exit_code, found[0].verdict) == (5, Verdict.RETRY), found
 
 
-def test_24_what_vanished_is_told_by_name(
+ODD = b"z/odd \xff\n\\#012"
+
+
+def test_24_what_vanished_is_looked_for_again(
     daemon: PlainSource, places: tuple[Path, Path, Path]
 ) -> None:
     with_large(places[0])
-    odd = places[0] / "z" / os.fsdecode(b"odd \xff\n\\#012")
-    write(odd)
+    odd = write(places[0] / os.fsdecode(ODD))
+    outcome = cut(daemon, places, lambda _pid, _one: odd.unlink())
+    assert (outcome.exit_code, outcome.verdict) == (24, Verdict.COMPLETE), outcome
+    assert outcome.vanished == (ODD,)
+    assert outcome.files == 4
+    assert differences(*places[:2]) == []
+
+
+def test_24_what_comes_and_goes_leaves_the_pass_incomplete(
+    daemon: PlainSource, places: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nfsha.replica.pull._LOOKS_MAX", 0)
+    with_large(places[0])
+    odd = write(places[0] / os.fsdecode(ODD))
     outcome = cut(daemon, places, lambda _pid, _one: odd.unlink())
     assert (outcome.exit_code, outcome.verdict) == (24, Verdict.INCOMPLETE), outcome
-    assert outcome.vanished == (b"z/odd \xff\n\\#012",)
-    assert "1 file vanished at the source during the pass" in outcome.sentence
+    assert outcome.vanished == (ODD,)
+    assert "1 file vanished at the source during the pass, the first z/odd" in outcome.sentence
     again = pull(daemon, places[1], places[2])
     assert (again.verdict, again.vanished) == (Verdict.COMPLETE, ())
     assert differences(*places[:2]) == []

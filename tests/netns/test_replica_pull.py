@@ -436,6 +436,13 @@ def test_a_list_with_a_mistake_in_it_is_no_list(pair: Pair) -> None:
     assert "list of changed folders" in outcome.sentence
 
 
+def test_no_changed_folder_is_no_work_at_all(pair: Pair) -> None:
+    write(pair.source / "a" / "file")
+    pair.first()
+    assert pair.listed().verdict is Verdict.COMPLETE
+    assert connections(pair) == 1
+
+
 # --- deletions -----------------------------------------------------------------------------------
 
 
