@@ -75,7 +75,7 @@ def ask(path: Path, name: str, args: Mapping[str, object]) -> Facts:
     Raises CommandError, with exit code 3 when a guard refused.
     """
     answer = _call(path, name, args)
-    if answer.get("ok") is False:
+    if answer.get("ok") is False and "why" in answer:  # else the answer says in how far
         raise CommandError(Exit.REFUSED, f"refused: {answer['why']}", data=answer)
     return answer
 

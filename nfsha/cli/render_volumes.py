@@ -100,14 +100,12 @@ def _listed(answer: Facts) -> Sequence[Facts]:
     listed: Sequence[Facts] = answer.get("volumes") or []
     if get(answer, "replication", "mode") != "source":
         return listed
-    kept = ("last", "age_ms")
-    return [
-        {
-            **one,
-            "sync": {"state": _OFFERED, **{key: get(one, "sync", key) for key in kept}},
-        }
-        for one in listed
-    ]
+    return [{**one, "sync": _offered(one)} for one in listed]
+
+
+def _offered(one: Facts) -> Facts:
+    kept = {key: get(one, "sync", key) for key in ("last", "age_ms")}
+    return {"state": _OFFERED if one.get("paired") == "paired" else "off", **kept}
 
 
 def _told_apart(listed: Sequence[Facts]) -> list[Facts]:
@@ -153,7 +151,9 @@ def _gist(one: Facts) -> Iterator[str]:
     yield pairing(one)
     if one.get("paired") == "paired":
         age_ms = get(one, "sync", "age_ms")
-        yield "no complete pass is known" if age_ms is None else f"the copy is {duration(age_ms)} old"
+        yield (
+            "no complete pass is known" if age_ms is None else f"the copy is {duration(age_ms)} old"
+        )
     yield state(one)
 
 

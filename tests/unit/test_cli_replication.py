@@ -628,7 +628,13 @@ def test_files_are_restored(daemon: Daemon, options: list[str], sent: Facts, cap
 
 def test_a_restore_that_would_overwrite(daemon: Daemon, capsys: Said) -> None:
     refused = [{"name": f"f{number}", "why": "something is there"} for number in range(25)]
-    blocked = RESTORED | {"files": 0, "refused": refused, "refused_count": 40, "emptied": False}
+    blocked = RESTORED | {
+        "ok": False,
+        "files": 0,
+        "refused": refused,
+        "refused_count": 40,
+        "emptied": False,
+    }
     daemon.answers["quarantine"] = blocked
     assert main(["quarantine", "restore", ENTRY]) == Exit.REFUSED
     error = said(capsys)[1]
