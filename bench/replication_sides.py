@@ -189,8 +189,11 @@ class Nfsha(Side):
         return self._lab.b.path(f"/nfs/{volume}")
 
     def wait_copied(self, deadline_s: float) -> None:
-        """Waits until each volume has a mark."""
+        """Waits until each volume has a mark. Raises LabError when a daemon ends."""
         while len(self._marks()) < len(self._lab.volumes):
+            for name in ("a", "b"):
+                if not (daemon := self.pair.daemon(name)).alive:
+                    raise LabError(f"the daemon of {name} has ended:\n{daemon.tail(5)}")
             if time.monotonic() > deadline_s:
                 raise LabError(f"not all volumes were copied: {self.pair.volumes('b')}")
             time.sleep(0.01)
