@@ -50,8 +50,16 @@ def status(facts: Facts, style: Style) -> str:
         for number, sentence in enumerate(sentences):
             lines += labelled(label if number == 0 else "", sentence)
     lines += _alarms(facts, style)
-    lines += labelled("next", facts.get("next", ""))
+    lines += labelled("next", _next(facts))
     return "\n".join(lines)
+
+
+def _next(facts: Facts) -> str:
+    """What the node says; where it has nothing to ask for, what a volume wants."""
+    told = str(facts.get("next", ""))
+    if not told.startswith("nothing"):
+        return told
+    return render_volumes.first_step(facts.get("copies") or {}) or told
 
 
 def _headline(facts: Facts, style: Style) -> str:

@@ -91,7 +91,7 @@ def volumes(answer: Facts, style: Style) -> str:
         lines += ["", *_volume(one, style)]
     if not listed and get(answer, "replication", "mode") != "off":
         lines += ["", "no volumes: nothing is mounted at or under nfs.root"]
-    lines += ["", *labelled("next", _next(answer, listed))]
+    lines += ["", *labelled("next", _next(answer))]
     return "\n".join(lines)
 
 
@@ -293,11 +293,11 @@ def _journal(sync: Facts) -> str:
 # --------------------------------------------------------------------------- what to do
 
 
-def _next(answer: Facts, listed: Sequence[Facts]) -> str:
+def _next(answer: Facts) -> str:
     """The most pressing thing to do, in one sentence."""
-    steps = [step for one in listed if (step := step_for(one))]
-    if steps:
-        return steps[0]
+    step = first_step(answer)
+    if step:
+        return step
     if get(answer, "replication", "paused") and get(answer, "replication", "mode") != "source":
         return "`nfsha sync --resume` when the work is done"
     if get(answer, "replication", "source", "trouble"):
@@ -358,8 +358,14 @@ def _is_none(one: Facts) -> bool:
     return one.get("uuid") is None and bool(get(one, "here", "refused"))
 
 
+def first_step(answer: Facts) -> str:
+    """What an operator should do about the volumes first; empty when nothing."""
+    listed = [one for one in _told_apart(_listed(answer)) if not _is_none(one)]
+    return next((step for one in listed if (step := step_for(one))), "")
+
+
 def brief_line(one: Facts) -> str:
-    """One volume in one sentence; with what to do, where deletions are held."""
+    """One volume in one sentence."""
     words = list(_gist(one))
     if one.get("paired") == "paired":
         words = words[1:]
@@ -367,8 +373,7 @@ def brief_line(one: Facts) -> str:
     running = get(one, "sync", "progress")
     if _moves(running):
         told += f" {progress({**running, 'files': None})}"
-    step = step_for(one) if held(one) else ""
-    return f"{told}; {step}" if step else told
+    return told
 
 
 def passes(listed: Sequence[Facts], style: Style) -> str:

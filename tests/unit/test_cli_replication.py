@@ -234,7 +234,7 @@ def test_held_deletions_are_told_while_a_pass_runs_too() -> None:
     one = held()
     one["sync"] |= {"state": "running", "why": "a pass by schedule"}
     assert render_volumes.state(one) == "DELETIONS HELD, a pass runs"
-    assert "--accept-deletes 1a2b3c4d5e6f" in render_volumes.brief_line(one)
+    assert "--accept-deletes 1a2b3c4d5e6f" in render_volumes.first_step(answer(one))
 
 
 def test_what_cannot_be_a_volume_says_why() -> None:
@@ -288,7 +288,9 @@ def test_status_has_one_line_for_each_volume_and_trouble_first() -> None:
     text = " ".join(" ".join(lines[start:]).split())
     assert "PAUSED" in text
     assert text.index("mail store: the copy is 1 min 35 s old, DELETIONS HELD") < text.index("v0:")
-    assert "`nfsha sync 'mail store' --accept-deletes 1a2b3c4d5e6f`" in text
+    assert text.endswith("rightly: `nfsha sync 'mail store' --accept-deletes 1a2b3c4d5e6f`")
+    facts["next"] = "mend the links"
+    assert render.status(facts, Style()).endswith("next:        mend the links")
     assert "v0: the copy is 12 s old, idle, next pass in 18 s" in text
     assert "and 4 volumes more: see `nfsha volumes`" in text
     facts["copies"] = answer(running())
