@@ -262,12 +262,38 @@ def _unmount(path: Path, flags: int) -> None:
 
 def _unmount_images_in(folder: Path) -> None:
     """By the image, not by the place: the place may be another volume's by now, and bound twice."""
-    for device, backing in _loop_files():
-        if backing.startswith(f"{folder}/"):
-            for _ in range(_ROUNDS_MAX):  # more than one when something is mounted on top of it
-                for target in _targets_of(device):
-                    with contextlib.suppress(OSError):
-                        _unmount(target, _MNT_DETACH)
+    for _ in range(_ROUNDS_MAX):  # more than one when something is mounted on top of it
+        mine = {device for device, backing in _loop_files() if backing.startswith(f"{folder}/")}
+        targets = [target for device in mine for target in _targets_of(device)]
+        if not targets:
+            return
+        for target in targets:
+            with contextlib.suppress(OSError):
+                _unmount_if_of(target, folder)
+
+
+def _unmount_if_of(target: Path, folder: Path) -> None:
+    """Another process may have been given the freed loop device meanwhile: so look and hold.
+
+    As long as the descriptor is open, its mount keeps its device.
+    """
+    fd = os.open(target, os.O_PATH | os.O_DIRECTORY)
+    try:
+        mount_id = _after(f"/proc/self/fdinfo/{fd}", "mnt_id:")
+        device = _after("/proc/self/mountinfo", f"{mount_id} ").split()[1]  # "PARENT 7:N ..."
+        backing = Path(f"/sys/dev/block/{device}/loop/backing_file")
+        ours = backing.exists() and backing.read_text().startswith(f"{folder}/")
+        if ours or not device.startswith("7:"):  # or what a test mounted on top of it
+            _unmount(Path(f"/proc/self/fd/{fd}"), _MNT_DETACH)
+    finally:
+        os.close(fd)
+
+
+def _after(file: str, begin: str) -> str:
+    lines = Path(file).read_text().splitlines()
+    return next(
+        (line.removeprefix(begin) for line in lines if line.startswith(begin)), " -"
+    ).strip()
 
 
 def _targets_of(device: str) -> list[Path]:
