@@ -45,13 +45,15 @@ class Hole:
     """A hole that a peer, or who has its token, can use on the ways that nfsha takes.
 
     `mended_packages`: per older version that a distribution still carries, the first package
-    without the hole (from Debian's changelog of rsync).
+    without the hole (from Debian's changelog of rsync). `mended_protocol`: a protocol that only
+    mended programs speak, whatever their number.
     """
 
     names: str
     what: str
     mended: Version
     mended_packages: tuple[str, ...] = ()
+    mended_protocol: int | None = None
 
 
 # Left out: holes of options that nfsha does not use (chroot off, daemon chroot, proxy, rsync-ssl,
@@ -62,6 +64,7 @@ HOLES: Final = (
         "the sender can run code in the receiver or read its files, and the other way round",
         (3, 4, 0),
         ("3.2.7-1+deb12u1",),
+        mended_protocol=32,  # raised for that purpose; distributions took it over with the patches
     ),
     Hole(
         "CVE-2025-10158",
@@ -136,7 +139,7 @@ async def check(program: str) -> RsyncVersion:
         return RsyncVersion(version, refused=f"{program} {version} {refused}")
     package = await _package(abilities.version)
     mended = await _mended_by(package)
-    return RsyncVersion(version, warnings(abilities.version, package, mended))
+    return RsyncVersion(version, warnings(abilities, package, mended))
 
 
 def parse(text: str) -> Abilities | None:
@@ -160,21 +163,27 @@ def missing(abilities: Abilities) -> str:
     return f"was built without {', '.join(lacking)}" if lacking else ""
 
 
-def warnings(version: Version, package: str, mended: Sequence[Hole]) -> tuple[str, ...]:
-    """One sentence with all holes that neither the version nor the package is known to have mended.
+def warnings(abilities: Abilities, package: str, mended: Sequence[Hole]) -> tuple[str, ...]:
+    """One sentence with all holes that neither the program nor the package is known to have mended.
 
     None if there are none.
     """
-    left = [hole for hole in HOLES if version < hole.mended and hole not in mended]
+    left = [hole for hole in HOLES if _is_open(hole, abilities) and hole not in mended]
     if not left:
         return ()
     holes = "; ".join(f"{hole.names}: {hole.what}" for hole in left)
     first = _dotted(max(hole.mended for hole in left))
     maybe = "" if package else ", unless your distribution mended it under the old number"
     return (
-        f"rsync {package or _dotted(version)} has known holes ({holes}); "
+        f"rsync {package or _dotted(abilities.version)} has known holes ({holes}); "
         f"install {first} or later{maybe}",
     )
+
+
+def _is_open(hole: Hole, abilities: Abilities) -> bool:
+    if hole.mended_protocol is not None and abilities.protocol >= hole.mended_protocol:
+        return False
+    return abilities.version < hole.mended
 
 
 def _dotted(version: Version) -> str:

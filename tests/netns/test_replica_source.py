@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -127,6 +128,13 @@ Fixture = tuple[LoopVolume, SourceVolume]
 async def until(condition: Callable[[], object]) -> None:
     while not condition():  # noqa: ASYNC110 - files and other tasks set no events
         await asyncio.sleep(0.01)
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def trouble_of(source: Source) -> str:
@@ -412,7 +420,7 @@ def test_after_the_stop_nothing_of_it_is_left(net: Net, volume: Fixture, tmp_pat
             began = time.monotonic()
             await source.stop()
             assert time.monotonic() - began < 1.0
-            assert not any(each.is_running() for each in tree)
+            assert not any(map(lives, tree))
             assert not source.running
             await asyncio.to_thread(loop.unmount)  # nothing keeps it busy
             assert (await asyncio.wait_for(pull, 15)).code in (10, 12)
@@ -556,6 +564,57 @@ def test_the_log_is_bounded(net: Net, volume: Fixture, tmp_path: Path) -> None:
     in_the_source(net, main)
 
 
+SOURCE_ALONE = """
+import asyncio, sys, time
+from pathlib import Path
+from nfsha.replica.source import EpochToken, Source, SourceVolume
+
+async def main():
+    folder, user, password, uuid, volume = sys.argv[1:]
+    clock_ms = lambda: time.monotonic_ns() // 10**6
+    source = Source(Path(folder), "10.9.1.1", 7911, "10.9.1.2", clock_ms)
+    await source.serve(EpochToken(user, password), [SourceVolume(uuid, Path(volume))])
+    print(source.running, flush=True)
+    await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_nfsha_takes_its_source_along(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    loop, one = volume
+    big(loop)
+    target = tmp_path / "target"
+    target.mkdir()
+    words = [str(tmp_path / "source"), TOKEN.user, TOKEN.password, one.uuid, str(one.path)]
+
+    async def main(process: subprocess.Popen[str]) -> None:
+        tree = psutil.Process(process.pid).children(recursive=True)
+        async with slow_pull(net, one, target) as pull:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+            began = time.monotonic()
+            await until(lambda: not any(map(lives, tree)))
+            assert time.monotonic() - began < 1.0
+            assert (await asyncio.wait_for(pull, 5)).code in (10, 12)
+        assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == 10
+        await asyncio.to_thread(loop.unmount)
+        await asyncio.to_thread(loop.mount)
+
+    with inside(net.source):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SOURCE_ALONE, *words], stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            asyncio.run(main(process))
+        finally:
+            process.kill()
+            process.communicate()
+
+
 def test_a_volume_that_comes_and_goes_is_never_sent_as_another(
     net: Net, volume: Fixture, make_volume: Callable[..., LoopVolume], tmp_path: Path
 ) -> None:
@@ -622,7 +681,7 @@ def test_the_installed_rsync_is_asked(tmp_path: Path) -> None:
         holey = await rsync_version.check(
             program("holey", f"cat <<'E'\n{version.replace(found.version, '3.2.7')}\nE")
         )
-        assert "CVE-2024-12084" in holey.warnings[0]
+        assert "CVE-2026-43618" in holey.warnings[0]
 
     asyncio.run(main())
 
@@ -630,7 +689,8 @@ def test_the_installed_rsync_is_asked(tmp_path: Path) -> None:
 def test_a_package_that_mended_an_old_number_is_believed() -> None:
     async def left(package: str) -> str:
         mended = await rsync_version._mended_by(package)
-        return " ".join(rsync_version.warnings((3, 2, 7), package, mended))
+        old = rsync_version.Abilities((3, 2, 7), 31, frozenset())
+        return " ".join(rsync_version.warnings(old, package, mended))
 
     async def main() -> None:
         assert "CVE-2024-12084" in await left("3.2.7-1")

@@ -26,6 +26,16 @@ def parsed(text: str) -> Abilities:
     return found
 
 
+def speaking(version: tuple[int, int, int], protocol: int = 31) -> Abilities:
+    return Abilities(version, protocol, frozenset())
+
+
+def test_an_old_number_with_the_protocol_of_the_mended_ones_is_believed() -> None:
+    (sentence,) = warnings(speaking((3, 2, 7), 32), "", ())
+    assert "CVE-2024-12084" not in sentence
+    assert "CVE-2025-10158" in sentence
+
+
 def test_debian_12_is_read_and_can_do_all() -> None:
     found = parsed(DEBIAN_12)
     assert (found.version, found.protocol) == ((3, 2, 7), 31)
@@ -60,15 +70,15 @@ def test_what_is_missing_is_refused_in_words(text: str, why: str) -> None:
 
 
 def test_an_old_rsync_has_all_holes_and_a_new_one_none() -> None:
-    (sentence,) = warnings((3, 2, 7), "", ())
+    (sentence,) = warnings(speaking((3, 2, 7)), "", ())
     assert all(hole.names in sentence for hole in HOLES)
     assert "unless your distribution mended it" in sentence
     assert "install 3.5.0 or later" in sentence
-    assert warnings((3, 5, 0), "", ()) == ()
+    assert warnings(speaking((3, 5, 0), 32), "", ()) == ()
 
 
 def test_a_mended_package_keeps_the_holes_that_it_did_not_mend() -> None:
-    (sentence,) = warnings((3, 2, 7), "3.2.7-1+deb12u2", HOLES[:1])
+    (sentence,) = warnings(speaking((3, 2, 7)), "3.2.7-1+deb12u2", HOLES[:1])
     assert "rsync 3.2.7-1+deb12u2 has known holes" in sentence
     assert "CVE-2024-12084" not in sentence
     assert "CVE-2025-10158" in sentence
@@ -76,7 +86,7 @@ def test_a_mended_package_keeps_the_holes_that_it_did_not_mend() -> None:
 
 
 def test_only_a_hole_of_its_own_time_is_named() -> None:
-    (sentence,) = warnings((3, 4, 2), "", ())
+    (sentence,) = warnings(speaking((3, 4, 2), 32), "", ())
     assert "CVE-2024-12084" not in sentence
     assert "CVE-2026-43618" in sentence
 
