@@ -31,10 +31,11 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import psutil
 
@@ -61,6 +62,9 @@ _MARK: Final = "NFSHA_CHILD"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _LINE_END: Final = re.compile(rb"[\r\n]")
 _OOM_SCORE_ADJ: Final = 250  # proc(5): the daemon itself asks for -900, the NFS server has 0
+
+_looker: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nfsha-children")
+_T = TypeVar("_T")
 
 # $1 is the pid that must still be the parent: a parent that died before the signal was armed has
 # been replaced by another. 125 is what env(1) and nohup(1) exit with when they fail themselves.
@@ -299,8 +303,8 @@ class Child:
         if not await self._gone_by(time.monotonic() + min(grace_s, within_s / 2)):
             self._kill()
             if not await self._gone_by(deadline_s):
-                raise ChildStuckError(self.name, await asyncio.to_thread(self._survivors))
-        left = await asyncio.to_thread(self._survivors)
+                raise ChildStuckError(self.name, await _aside(self._survivors))
+        left = await _aside(self._survivors)
         if left:
             raise ChildStuckError(self.name, left)
 
@@ -454,7 +458,7 @@ async def end_leftovers(within_s: float = 5.0) -> tuple[str, ...]:
     namespaces and users, are not touched. Raises ChildStuckError when one is still there after
     `within_s`.
     """
-    return await asyncio.to_thread(_end_leftovers, within_s)
+    return await _aside(lambda: _end_leftovers(within_s))
 
 
 def _end_leftovers(within_s: float) -> tuple[str, ...]:
@@ -537,11 +541,19 @@ def _living(pid: int) -> Iterator[psutil.Process]:
 
 
 def _words(process: psutil.Process) -> str:
+    # Not psutil's name: it may read the command line, which waits for a process that hangs.
+    folder = Path(f"/proc/{process.pid}")
     try:
-        waits = Path(f"/proc/{process.pid}/wchan").read_text(encoding="ascii", errors="replace")
-        return f"{process.pid} {process.name()} ({process.status()}, in {waits or 'user space'})"
+        name = (folder / "comm").read_text(encoding="ascii", errors="replace").strip()
+        waits = (folder / "wchan").read_text(encoding="ascii", errors="replace")
+        return f"{process.pid} {name} ({process.status()}, in {waits or 'user space'})"
     except (OSError, psutil.Error):
         return f"{process.pid} (ending)"
+
+
+async def _aside(look: Callable[[], _T]) -> _T:
+    """Looks at processes in a thread kept for it: the common ones may all hang on a disk."""
+    return await asyncio.get_running_loop().run_in_executor(_looker, look)
 
 
 def _hold(first: int, program: int) -> _Place:

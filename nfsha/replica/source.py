@@ -24,6 +24,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -187,6 +188,8 @@ class Source:
         self._clock_ms = clock_ms
         self._max_connections = max_connections
         self._program = program
+        # Of its own: the common threads may all hang on a disk, and `stop` must not wait for that.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nfsha-source")
         self._turn = asyncio.Lock()
         self._stops = 0
         self._offer: _Offer | None = None
@@ -232,7 +235,7 @@ class Source:
         self._stops += 1
         async with self._turn:
             await self._end()
-            await asyncio.to_thread(self._remove_files)
+            self._remove_files()
             self.trouble = ""
 
     # ------------------------------------------------------------- the daemon's life
@@ -243,7 +246,8 @@ class Source:
         if not goes_on or self._offer is None or not self._offer.is_within(offer):
             await self._end()
         try:
-            await asyncio.to_thread(self._write, offer)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._writer, self._write, offer)
         except OSError as error:
             self.trouble = f"cannot write into {self._folder}: {error.strerror}"
             self._settled.set()
@@ -342,7 +346,7 @@ class Source:
         enough = asyncio.ensure_future(self._enough.wait())
         try:
             while not (ended.done() or enough.done()):
-                await asyncio.to_thread(self._put_log_aside)
+                self._put_log_aside()
                 await asyncio.wait(
                     (ended, enough),
                     timeout=_LOG_LOOK_EVERY_S,
@@ -360,7 +364,7 @@ class Source:
         if code < 0:
             return f"the rsync daemon was killed by signal {-code}"
         said = b"; ".join(child.errors).decode(errors="replace")
-        said = said or await asyncio.to_thread(_last_line, self.log_path)
+        said = said or _last_line(self.log_path)
         return f"the rsync daemon ended with exit code {code} ({said or 'it said nothing'})"
 
     # ------------------------------------------------------------- its files

@@ -8,8 +8,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -367,7 +369,7 @@ async def shell_once() -> None:
 
 def test_the_loop_goes_on_turning_while_a_child_prints() -> None:
     async def main() -> float:
-        child = await shell("yes 0123456789 | head -c 20000000", on_line=lambda line: None)
+        child = await shell("yes 0123456789 | head -c 5000000", on_line=lambda line: None)
         longest = 0.0
         while child.alive:
             began = time.thread_time()
@@ -433,6 +435,23 @@ def test_it_works_inside_other_namespaces() -> None:
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "ended"
     assert len(done.stdout.splitlines()[0].split()) >= 6
+
+
+def test_the_end_waits_for_no_thread_that_hangs_on_a_disk() -> None:
+    async def main() -> None:
+        loop, hung = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+        waiting = loop.run_in_executor(None, hung.wait)
+        try:
+            child = await shell("sleep 1000")
+            async with asyncio.timeout(2):
+                await child.end(1)
+                assert await end_leftovers() == ()
+        finally:
+            hung.set()
+            await waiting
+
+    asyncio.run(main())
 
 
 def test_a_process_that_waits_in_the_kernel_is_reported_and_ended_later(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -429,6 +431,29 @@ def test_after_the_stop_nothing_of_it_is_left(net: Net, volume: Fixture, tmp_pat
             await source.stop()
             await source.serve(TOKEN, [one])
             assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == 0
+
+    in_the_source(net, main)
+
+
+def test_the_stop_waits_for_no_thread_that_hangs_on_a_disk(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        loop, hung = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(max_workers=1))
+        async with offered(tmp_path, volume[1]) as source:
+            waiting = loop.run_in_executor(None, hung.wait)
+            later = asyncio.create_task(source.serve(TOKEN, []))  # waits for the disk
+            try:
+                await asyncio.sleep(0.05)
+                assert not later.done()
+                async with asyncio.timeout(2):
+                    await source.stop()
+            finally:
+                hung.set()
+                await asyncio.gather(waiting, later)
+            assert not source.running  # it came too late
+            assert (await rsync(net.peer, f"SOURCE/{CONTROL_MODULE}/")).code == 10
 
     in_the_source(net, main)
 
