@@ -112,15 +112,12 @@ def sync_filesystem(fd: int) -> None:
 
 
 def copy_attributes(source: int, target: int) -> None:
-    """Gives an open folder the owner, mode, extended attributes and ACLs of another; not times.
+    """Gives a folder of `make_private` owner, mode, xattrs and ACLs of another; not times. OSError.
 
-    What the target inherited (a default ACL) goes. OSError.
+    Both are open.
     """
     found = os.fstat(source)
     wanted = {name: os.getxattr(source, name) for name in _xattrs(source)}
-    for name in _xattrs(target):
-        if name in _ACLS and name not in wanted:
-            os.removexattr(target, name)
     os.fchown(target, found.st_uid, found.st_gid)
     os.fchmod(target, stat.S_IMODE(found.st_mode))
     for name, value in wanted.items():

@@ -33,7 +33,7 @@ from nfsha.core.model import Epoch
 from nfsha.replica import beneath
 from nfsha.replica.arguments import INCOMING_NAME, Course, From, folder_list
 from nfsha.replica.beneath import shown
-from nfsha.replica.child import Child, ChildError, Line, Priority, Stream
+from nfsha.replica.child import Child, ChildError, ChildStuckError, Line, Priority, Stream
 from nfsha.replica.deletions import OWN_ROOT_NAMES, PARTIAL_NAME
 from nfsha.replica.exits import Complaints, Ending, Verdict, decode_name, judge
 from nfsha.replica.progress import Progress, Stage
@@ -222,6 +222,7 @@ class Verify:
         self._clock_ns = clock_ns
         self._child: Child | None = None
         self._stop = asyncio.Event()
+        self._starting = asyncio.Lock()
         self._own_writes = asyncio.Lock()
 
     async def run(
@@ -278,12 +279,21 @@ class Verify:
         return ending
 
     async def end(self, within_s: float = END_WITHIN_S) -> None:
-        """Ends it, wherever it stands. ChildStuckError as `Child.end` raises it. Idempotent."""
+        """Ends it, wherever it stands. Idempotent.
+
+        Raises ChildStuckError when a process, or a thread of this one, hangs in the disk.
+        """
         self._stop.set()
-        if self._child is not None:
-            await self._child.end(within_s)
-        async with self._own_writes:
-            return
+        try:
+            async with self._starting:  # so that no child is between its start and its name here
+                child = self._child
+            if child is not None:
+                await child.end(within_s)
+            async with asyncio.timeout(within_s), self._own_writes:
+                return
+        except TimeoutError as error:
+            stuck = "a thread of this process, at work on the quarantine"
+            raise ChildStuckError(self._name, [stuck]) from error
 
     @property
     def _slice_bytes(self) -> int:
@@ -327,8 +337,8 @@ class Verify:
             return _outcome(first, first.verdict, words, judgement)
         try:
             repaired, kept_in, ending = await self._repair_all(names, judgement, helpers)
-        except QuarantineError as error:
-            return _outcome(first, Verdict.FAILED, str(error), judgement)
+        except (QuarantineError, OSError) as error:
+            return _outcome(first, Verdict.FAILED, f"cannot repair: {error}", judgement)
         verdict = first.verdict if len(repaired) == len(names) else ending.verdict
         if verdict is Verdict.COMPLETE and len(repaired) < len(names):
             verdict = Verdict.FAILED
@@ -347,14 +357,15 @@ class Verify:
             return (), None, _ENDED
         ending = await self.repair(began, helpers, names)
         done = await self._writes(lambda: helpers.quarantine.finish(began))
+        kept_in = done.name if done else began.name if self._stop.is_set() else None
         if ending.verdict not in _GOES_ON:
-            return (), done.name if done else None, ending
+            return (), kept_in, ending
         again = await self.look_at(names, helpers.turn)
         if again.verdict not in _GOES_ON:
-            return (), done.name if done else None, Ending(again.verdict, 0, again.sentence)
+            return (), kept_in, Ending(again.verdict, 0, again.sentence)
         differ = set(again.suspects)
         equal = tuple(name for name in names if name not in differ)
-        return equal, done.name if done else None, ending
+        return equal, kept_in, ending
 
     async def _look(
         self,
@@ -396,23 +407,22 @@ class Verify:
             elif (differs := _DIFFERS.fullmatch(line.data)) and not line.cut:
                 found.append(decode_name(differs[1]))
 
-        if self._stop.is_set():
-            return _ENDED, []
-        try:
-            self._child = await Child.start(
-                argv, name=f"verify-{self._request.uuid}",
-                env={"RSYNC_PASSWORD": self._request.source.token.password},
-                pass_fds=(self._request.root_fd,), priority=Priority.LOW, on_line=take,
-            )  # fmt: skip
-        except ChildError as error:
-            return Ending(Verdict.FAILED, 0, str(error)), []
-        ending = await self._await(self._child, complaints, 2 * self._timeout_s(size))
+        async with self._starting:
+            if self._stop.is_set():
+                return _ENDED, []
+            try:
+                child = self._child = await Child.start(
+                    argv, name=self._name, priority=Priority.LOW, on_line=take,
+                    env={"RSYNC_PASSWORD": self._request.source.token.password},
+                    pass_fds=(self._request.root_fd,),
+                )  # fmt: skip
+            except ChildError as error:
+                return Ending(Verdict.FAILED, 0, str(error)), []
+        ending = await self._await(child, complaints, 2 * self._timeout_s(size))
         return (_ENDED if self._stop.is_set() else ending), found
 
     async def _await(self, child: Child, complaints: Complaints, limit_s: int) -> Ending:
         try:
-            if self._stop.is_set():  # `end` came while the child was starting
-                await child.end(END_WITHIN_S)
             async with asyncio.timeout(limit_s):
                 return judge(await child.wait(), complaints)
         except TimeoutError:
@@ -440,6 +450,10 @@ class Verify:
         )  # fmt: skip
 
     @property
+    def _name(self) -> str:
+        return f"verify-{self._request.uuid}"
+
+    @property
     def _target(self) -> str:
         return f"/proc/self/fd/{self._request.root_fd}/"
 
@@ -451,7 +465,12 @@ class Verify:
         async with self._own_writes:
             if self._stop.is_set():
                 return None
-            return await asyncio.shield(asyncio.to_thread(act))
+            thread = asyncio.ensure_future(asyncio.to_thread(act))
+            try:
+                return await asyncio.shield(thread)
+            except asyncio.CancelledError:
+                await asyncio.wait({thread})  # a thread cannot be cancelled
+                raise
 
     async def _keep_rate(self, size: int, began_ms: int) -> None:
         if self._request.read_kib_s is None:

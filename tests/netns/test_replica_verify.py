@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import socket
 import subprocess
 import threading
@@ -340,6 +341,7 @@ def test_what_changes_or_goes_during_the_verify_is_no_finding(two: Two) -> None:
     early, late, gone_early, gone_late = names[:4]
     for name in (early, late, gone_early, gone_late):
         write_back(two.at_source(name), b"CHANGE")
+    two.at_source(names[4]).write_bytes(b"an ordinary write before it, which is no suspect at all")
 
     def between_the_looks() -> None:
         two.at_source(early).write_bytes(b"an ordinary write")
@@ -506,6 +508,40 @@ def test_ended_in_the_middle_nothing_runs_and_nothing_is_written(two: Two) -> No
     assert outcome.verdict is Verdict.KILLED and 0 < outcome.files < len(names)
     assert states(two.copy.path) == before
     two.copy.unmount()  # nobody is in it
+
+
+def test_ended_while_the_source_says_nothing(two: Two) -> None:
+    fill(two, 1)
+    two.daemon.send_signal(signal.SIGSTOP)
+
+    async def run() -> VerifyOutcome:
+        with two.opened() as (source_fd, copy_fd):
+            verify = Verify(two.request(copy_fd), two.scratch, _now_ms)
+            task = asyncio.create_task(
+                verify.run(two.helpers(source_fd, copy_fd), two.progress.append)
+            )
+            await asyncio.sleep(0.3)
+            assert not task.done()
+            began = time.monotonic()
+            await verify.end()
+            assert time.monotonic() - began < 3
+            assert not processes_with(copy_fd, two.copy.path)
+            return await asyncio.wait_for(task, 2)
+
+    try:
+        assert asyncio.run(run()).verdict is Verdict.KILLED
+    finally:
+        two.daemon.send_signal(signal.SIGCONT)
+
+
+def processes_with(fd: int, path: Path) -> list[str]:
+    """Other processes that have the folder open as this descriptor."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(folder.name) != os.getpid() and (folder / "fd" / str(fd)).readlink() == path:
+                found.append((folder / "cmdline").read_text())
+    return found
 
 
 @pytest.mark.parametrize("delay_ms", [0, 20, 150])

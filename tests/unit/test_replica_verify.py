@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from nfsha.core.model import Epoch, Role
 from nfsha.replica import verify as verify_module
 from nfsha.replica.arguments import From
+from nfsha.replica.child import ChildStuckError
 from nfsha.replica.exits import Verdict
 from nfsha.replica.quarantine import Quarantine
 from nfsha.replica.suspects import (
@@ -416,3 +418,32 @@ def test_each_way_to_end_without_a_finding_is_said(
     outcome = asyncio.run(conclude(root, tmp_path, list(looks), **options))
     assert outcome.verdict is verdict and sentence in outcome.sentence, outcome
     assert outcome.findings == () and not (tmp_path / ".nfsha-quarantine").exists()
+
+
+def test_what_writes_in_a_thread_is_waited_for_and_said_when_it_hangs(
+    tmp_path: Path, root: int
+) -> None:
+    """Neither a cancelled caller nor an end forgets a thread that is still at work."""
+    release, done = threading.Event(), list[bool]()
+
+    def act() -> None:
+        release.wait(5)
+        done.append(True)
+
+    async def run() -> None:
+        verify = Scripted(root, tmp_path, [])
+        task = asyncio.create_task(verify._writes(act))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(ChildStuckError, match="at work on the quarantine"):
+            await verify.end(0.05)
+        assert not done and not task.done()
+        release.set()
+        await verify.end(5)
+        assert done == [True]
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await verify._writes(lambda: done.append(False)) is None
+        assert done == [True]
+
+    asyncio.run(run())
