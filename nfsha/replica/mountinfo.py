@@ -34,7 +34,7 @@ class Mount:
 
 def read_mounts(mountinfo: Path = MOUNTINFO) -> tuple[Mount, ...]:
     """Returns all mounts, in the kernel's order. OSError if /proc cannot be read."""
-    return tuple(_mount(line) for line in mountinfo.read_bytes().splitlines())
+    return tuple(_mount(line) for line in _lines(mountinfo))
 
 
 def mount_id_of(fd: int) -> int:
@@ -47,8 +47,7 @@ def mount_id_of(fd: int) -> int:
 def mount_of(fd: int, mountinfo: Path = MOUNTINFO) -> Mount | None:
     """Returns the mount on which an open file or folder is; None when it is unmounted meanwhile."""
     begin = b"%d " % mount_id_of(fd)
-    lines = mountinfo.read_bytes().splitlines()
-    return next((_mount(line) for line in lines if line.startswith(begin)), None)
+    return next((_mount(line) for line in _lines(mountinfo) if line.startswith(begin)), None)
 
 
 def visible(mounts: Sequence[Mount]) -> tuple[Mount, ...]:
@@ -121,6 +120,11 @@ def _covered(mount: Mount, parent: Mount | None, places: set[tuple[int, str]]) -
         and mount.mount_point != parent.mount_point
         and (mount.parent_id, parent.mount_point) in places
     )
+
+
+def _lines(mountinfo: Path) -> list[bytes]:
+    """The kernel escapes blanks and newlines, but not the carriage return of splitlines()."""
+    return [line for line in mountinfo.read_bytes().split(b"\n") if line]
 
 
 def _mount(line: bytes) -> Mount:

@@ -165,7 +165,8 @@ class LoopVolume:
     def shut_down(self) -> None:
         """Ends the filesystem as a lost disk does: it stays mounted, and everything gives EIO.
 
-        ext4 and xfs. Only unmounting (and mounting again) brings it back.
+        ext4 and xfs. Only mounting it again brings it back, when it is unmounted in all mount
+        namespaces (a new namespace has a copy of every mount).
         """
         fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -239,11 +240,21 @@ def sweep() -> None:
 
 
 def left_behind() -> list[str]:
-    """Mounts and loop devices that this process made and that are still there."""
+    """Mounts and loop devices that this process made and that would stay for ever.
+
+    Not: a loop device that the kernel frees by itself, as soon as a mount namespace that somebody
+    made meanwhile (and that has a copy of the mount) is gone.
+    """
     mine = f"/tmp/{_PREFIX}{os.getpid()}-"
-    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    found = [f"mount {line}" for line in mounts if mine in line]
-    return found + [f"{device} of {file}" for device, file in _loop_files() if mine in file]
+    mounts = _lines("/proc/self/mountinfo")
+    devices = {device for device, file in _loop_files() if mine in file}
+    found = [f"mount {line}" for line in mounts if devices & set(line.split()) or mine in line]
+    return found + [f"loop device {device}" for device in devices if not _goes_by_itself(device)]
+
+
+def _goes_by_itself(device: str) -> bool:
+    flag = Path("/sys/block", Path(device).name, "loop", "autoclear")
+    return not flag.exists() or flag.read_text().strip() == "1"
 
 
 def _loop_files() -> list[tuple[str, str]]:
@@ -290,10 +301,12 @@ def _unmount_if_of(target: Path, folder: Path) -> None:
 
 
 def _after(file: str, begin: str) -> str:
-    lines = Path(file).read_text().splitlines()
-    return next(
-        (line.removeprefix(begin) for line in lines if line.startswith(begin)), " -"
-    ).strip()
+    found = (line.removeprefix(begin) for line in _lines(file) if line.startswith(begin))
+    return next(found, "- -").strip()
+
+
+def _lines(file: str) -> list[str]:
+    return os.fsdecode(Path(file).read_bytes()).split("\n")  # mount points may have any byte
 
 
 def _targets_of(device: str) -> list[Path]:

@@ -125,7 +125,9 @@ def test_a_root_that_is_mounted_itself_is_its_own_place(table: Table) -> None:
     assert found[0].mounts_inside == ("a",)
 
 
-@pytest.mark.parametrize("name", ["with blank", "new\nline", "tab\there", "back\\slash", "ä ü"])
+@pytest.mark.parametrize(
+    "name", ["with blank", "new\nline", "tab\there", "back\\slash", "ä ü", "cr\r"]
+)
 def test_odd_mount_points_are_read_as_they_are(table: Table, name: str) -> None:
     number = table.mount("NAME")
     octal = "".join(f"\\{ord(c):03o}" if c in " \n\t\\" else c for c in name)
