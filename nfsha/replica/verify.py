@@ -60,6 +60,7 @@ END_WITHIN_S: Final = 5.0
 _MIN_SLICE_BYTES: Final = 1 << 20
 _SLICE_S: Final = 10  # at a limited rate, a slice reads about as long as this
 _SLOWEST_BYTES_S: Final = 5_000_000  # a disk that reads a large file slower than this is broken
+_LOOK: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OWN_PREFIX: Final = b".nfsha-"  # in the root; `SuspectQuestion` takes no such name
 # A regular file whose content differs (c), size and mtime not (`man rsync`, --itemize-changes).
 _DIFFERS: Final = re.compile(rb">fc\.\..{6} (.+)", re.S)
@@ -392,6 +393,7 @@ class Verify:
         return tally.look(_ENDED if self._stop.is_set() else worst)
 
     async def _compare(self, part: Slice) -> tuple[Ending, list[bytes]]:
+        await asyncio.to_thread(_forget_cached, self._request.root_fd, part.names)
         with _listed(self._scratch, part.names) as listed:
             argv = self._comparing(listed, self._timeout_s(part.size))
             return await self._rsync(argv, part.size)
@@ -603,6 +605,20 @@ def _sizes(root_fd: int, names: Iterable[bytes]) -> list[int]:
                 size = found.st_size
         sizes.append(size)
     return sizes
+
+
+def _forget_cached(root_fd: int, names: Iterable[bytes]) -> None:
+    """Lets the kernel drop what it has of these files in memory, so that the disk is read.
+
+    Only of the copy, which nobody else reads; the source's clients need its memory.
+    """
+    for name in names:
+        with contextlib.suppress(OSError), beneath.parent_of(root_fd, name) as (folder, last):
+            fd = os.open(last, _LOOK, dir_fd=folder)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
 
 def _make_incoming(root_fd: int) -> None:
