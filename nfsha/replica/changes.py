@@ -10,8 +10,8 @@ that ends the journal, which then says so.
 Not seen, because the kernel tells nothing of it: writes through a memory mapping on this machine
 (none come by NFS), and POSIX ACLs set by knfsd before Linux 6.2. The slower full walk finds these.
 
-All methods but the properties block, on the filesystem or on each other: call them in a thread, or
-in several. A publish may take half a minute when it has to search; everything else is short.
+`start`, `collect` and `publish` block, on the filesystem or on each other: call them in a thread,
+or in several. A publish may take half a minute when it has to search. All the others never wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,9 @@ COLLECT_EVERY_MS = 1000
 
 COLLECT_BUSY_MS = 100
 """How often while so many events come that a second of them could fill the queue (16,384)."""
+
+NOTES_EVERY_MS = 5000
+"""The least time between two writes of the notes: an fsync each."""
 
 MAX_COLLECT_BYTES = 8 << 20
 """The most that one `collect` takes, about 90,000 events."""
@@ -107,11 +110,13 @@ class ChangeJournal:
         self._journal_id = secrets.token_hex(8)
         self._acknowledged = 0
         self._ended = ""
-        self._closing = False
+        self._closing = self._closed = False
+        self._applied: int | None = None
         self._clocks: tuple[int, int] | None = None
         self._as_of_ns = 0
         self._again_ms = COLLECT_EVERY_MS
         self._inherited: frozenset[bytes] = frozenset()
+        self._note_again_ms = clock_ms()
         self._noted: tuple[object, ...] = ()
 
     def start(self) -> None:
@@ -120,7 +125,7 @@ class ChangeJournal:
         ChangesError, in words, where the kernel, the filesystem or a capability does not allow it:
         then every pass is a full walk. The root_fd is not used after this.
         """
-        with self._lock:
+        with self._alone():
             self._inherit()
             group = self._open_group()
             try:
@@ -140,14 +145,13 @@ class ChangeJournal:
         return self._group.fd
 
     def close(self) -> None:
-        """Ends it, also one that never started or that is in a search; idempotent.
+        """Ends it, also one that never started; never waits, idempotent.
 
-        A later publish says that it ended. Close it before the volume is unmounted: while another
-        call is at work here, the volume is in use.
+        Another call that is at work ends early, and the volume is in use until it does. A later
+        publish says that it ended.
         """
         self._closing = True
-        with self._lock:
-            self._end("it was closed", level=logging.DEBUG)
+        self._end_if_closing()
 
     @property
     def journal_id(self) -> str:
@@ -166,13 +170,13 @@ class ChangeJournal:
 
     @property
     def counters(self) -> Counters:
-        """A copy of the counters. Never waits for another call, as all the others here do."""
+        """A copy of the counters."""
         now = self._ledger.counters
         return replace(now, folders=len(self._ledger), full_walks=dict(now.full_walks))
 
     def collect(self) -> None:
         """Takes the events that wait, at most `MAX_COLLECT_BYTES`. Does not raise."""
-        with self._lock:
+        with self._alone():
             self._look_at_clocks()
             before = self._ledger.counters.events
             self._with_tree(lambda tree: self._drain(tree, MAX_COLLECT_BYTES))
@@ -180,13 +184,16 @@ class ChangeJournal:
             self._again_ms = COLLECT_BUSY_MS if busy else COLLECT_EVERY_MS
 
     def publish(self, path: Path) -> Published:
-        """Takes all events, writes the notes (durably) and the list to `path` (atomically).
+        """Takes all events, then writes the list to `path` (atomically).
+
+        The notes are written too, durably, when they are not up to date and the last ones are
+        `NOTES_EVERY_MS` old.
 
         ChangesError when `path` cannot be written, and before `start`. A volume that is gone or
         fails is no error: the list says that it cannot vouch. Notes that cannot be written are
         counted and logged.
         """
-        with self._lock:
+        with self._alone():
             if self._group is None and not self._ended:
                 raise ChangesError(f"the change journal of {self._root} was not started")
             self._as_of_ns = self._look_at_clocks()
@@ -200,17 +207,41 @@ class ChangeJournal:
             return published
 
     def acknowledge(self, journal_id: str, seq: int) -> None:
-        """Forgets what the passive node has applied in a complete pass.
+        """Takes note that the passive node has applied so much in a complete pass; never waits.
 
-        Nothing changes for another journal's id, or for a sequence number that cannot be.
+        The next call of another method forgets it. Nothing changes for another journal's id, or for
+        a sequence number that cannot be.
         """
-        with self._lock:
-            if journal_id == self._journal_id and self._acknowledged <= seq <= self._ledger.seq:
-                self._acknowledged = seq
-                self._inherited = frozenset()
-                self._ledger.forget(seq)
+        if journal_id == self._journal_id and 0 <= seq <= self._ledger.seq:
+            self._applied = seq
 
     # ---- start and end
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; what was acknowledged or closed meanwhile is done here."""
+        try:
+            with self._lock:
+                self._forget_applied()
+                yield
+        finally:
+            self._end_if_closing()
+
+    def _forget_applied(self) -> None:
+        if self._applied is not None and self._applied >= self._acknowledged:
+            self._acknowledged = self._applied
+            self._inherited = frozenset()
+            self._ledger.forget(self._acknowledged)
+        self._applied = None
+
+    def _end_if_closing(self) -> None:
+        """Whoever has the lock does this after letting it go, so one of both always ends it."""
+        while self._closing and not self._closed and self._lock.acquire(blocking=False):
+            try:
+                self._end("it was closed", level=logging.DEBUG)
+                self._closed = True
+            finally:
+                self._lock.release()
 
     def _inherit(self) -> None:
         try:
@@ -344,11 +375,15 @@ class ChangeJournal:
 
     def _write_notes(self, published: Published) -> None:
         """Keeps the list, with what the last run left, for a failback after a crash."""
+        now_ms = self._clock_ms()
+        if now_ms < self._note_again_ms:
+            return
         folders = dict.fromkeys(self._inherited, 0) | dict(published.folders)
         kept = replace(published, folders=tuple(sorted(folders.items())))
         content = (kept.folders, kept.complete_from, kept.first)
         if content == self._noted:
             return
+        self._note_again_ms = now_ms + NOTES_EVERY_MS
         try:
             write_durably(self._notes, encode_published(kept), mode=0o600)
         except (OSError, ValueError) as error:

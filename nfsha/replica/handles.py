@@ -113,11 +113,19 @@ class Tree:
                 return None
             relative = path[len(prefix) :]
             named = _stat_at(self._fd, relative)
-            if named is not None and named.st_dev != found.st_dev:
-                return None
-            if named is not None and named.st_ino == found.st_ino:
+            if named is not None and os.path.samestat(named, found):
                 return relative
+            if self._is_covered(relative):
+                return None
         raise UnresolvedError("a folder above is renamed all the time")
+
+    def _is_covered(self, path: bytes) -> bool:
+        """Whether another filesystem is mounted on the way."""
+        status = _stat_at(self._fd, path)
+        while status is None and path:
+            path = path.rpartition(b"/")[0]
+            status = _stat_at(self._fd, path) if path else None
+        return status is not None and status.st_dev != self._device
 
     def place_of(self, handle: bytes) -> Place | None:
         """One of the names of a file, if the kernel has one at hand. Raises as `path_of`."""

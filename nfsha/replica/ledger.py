@@ -29,6 +29,8 @@ _MAX_KNOWN = 10_000  # files whose names are remembered
 _MAX_MOVED = 10_000  # folders moved between two lists
 _MAX_SETTLE_MS = 30_000
 _PAUSE_EVERY_ENTRIES = 20_000  # the kernel's queue goes on filling while a search runs
+_LOOKED_AT_AGAIN = 64  # paths, for each list, in turn
+_UNKNOWN = -1
 _OWN_PREFIX = b".nfsha-"
 _PARTIAL = b".nfsha-partial"
 _HAS_A_FILE = (
@@ -81,7 +83,7 @@ class _Folder:
 
     seq: int
     path: bytes = b""
-    generation: int = -1
+    generation: int = _UNKNOWN
 
 
 @dataclass(slots=True)
@@ -141,6 +143,7 @@ class Ledger:
         self._max_entries = max_entries
         self._folders: dict[bytes, _Folder] = {}
         self._generation = 0
+        self._turn: list[bytes] = []
         self._moved: set[bytes] = set()
         self._wanted: dict[int, _Wanted] = {}
         self._known: dict[bytes, Place] = {}
@@ -186,7 +189,7 @@ class Ledger:
                 if target is not None and mask & fanotify.CHANGES:
                     nameless.append(target)
             elif not _is_ours(folder == tree.root_handle, name):
-                self._touch(folder)
+                self._touch(folder, path_changed=name == b".")
                 if mask & fanotify.FAN_ONDIR and mask & _PATHS_CHANGE:
                     self._folder_moved(mask, folder, name, target)
                 if mask & _HAS_A_FILE and name != b".":
@@ -200,20 +203,27 @@ class Ledger:
         self.counters.overflows += 1
         self.ask_walk(WalkReason.QUEUE_OVERFLOW, "more changes at once than the kernel keeps")
 
-    def _touch(self, folder: bytes) -> None:
+    def _touch(self, folder: bytes, *, path_changed: bool = False) -> None:
         kept = self._folders.get(folder)
-        if kept is not None:
-            kept.seq = self.seq
-            return
-        if len(self._folders) >= self._max_folders:
-            self._folders.clear()
-            sentence = f"more than {self._max_folders} folders changed since the last pass"
-            self.ask_walk(WalkReason.TOO_MANY_FOLDERS, sentence)
-        self._folders[folder] = _Folder(self.seq)
+        if kept is None:
+            if len(self._folders) >= self._max_folders:
+                self._folders.clear()
+                sentence = f"more than {self._max_folders} folders changed since the last pass"
+                self.ask_walk(WalkReason.TOO_MANY_FOLDERS, sentence)
+            kept = self._folders[folder] = _Folder(self.seq)
+        kept.seq = self.seq
+        if path_changed:
+            kept.generation = _UNKNOWN
 
     def _folder_moved(self, mask: int, folder: bytes, name: bytes, target: bytes | None) -> None:
-        """A folder came, went or was renamed: paths are looked up again, what came is noted."""
-        self._generation += 1
+        """A folder came or went: paths change, of itself and of what is below it.
+
+        What is below one that came is looked through before the next list, and looked up then.
+        """
+        if target is None and mask & fanotify.FAN_DELETE:
+            self._generation += 1  # which one it was is not told
+        elif target is not None and target in self._folders:
+            self._folders[target].generation = _UNKNOWN
         if mask & fanotify.FAN_MOVED_TO and target is not None:
             self._moved.add(target)
         elif mask & fanotify.FAN_MOVE_SELF and name == b".":
@@ -304,7 +314,7 @@ class Ledger:
                 self.counters.moved_folders += 1
                 for folder, entry in look.through(tree, handle):
                     if entry is None:
-                        self._touch(folder)
+                        self._touch(folder, path_changed=True)
                     else:
                         self._look_at_moved(folder, entry)
         except _TooMuchError as error:
@@ -371,20 +381,30 @@ class Ledger:
             self.ask_walk(WalkReason.NAMELESS, sentence)
 
     def list_folders(self, tree: Tree) -> None:
-        """Looks up the paths that are not known or may have changed. OSError as `settle`."""
+        """Looks up the paths that are not known or may have changed. OSError as `settle`.
+
+        A few others are looked up again each time, so that nothing that no event tells (another
+        filesystem mounted on top) stays in the list for long.
+        """
+        if not self._turn:
+            self._turn = list(self._folders)
+        again = {self._turn.pop() for _ in range(min(_LOOKED_AT_AGAIN, len(self._turn)))}
         for handle, kept in list(self._folders.items()):
-            if kept.generation == self._generation:
-                continue
-            try:
-                path = tree.path_of(handle)
-            except UnresolvedError as error:
-                kept.path = b""
-                self.ask_walk(WalkReason.TROUBLE, f"a changed folder has no path: {error}")
-                continue
-            if path is None or _is_own_path(path):
-                del self._folders[handle]
-            else:
-                kept.path, kept.generation = path, self._generation
+            if kept.generation != self._generation or handle in again:
+                self._look_up(tree, handle, kept)
+
+    def _look_up(self, tree: Tree, handle: bytes, kept: _Folder) -> None:
+        generation = self._generation
+        try:
+            path = tree.path_of(handle)
+        except UnresolvedError as error:
+            kept.path = b""
+            self.ask_walk(WalkReason.TROUBLE, f"a changed folder has no path: {error}")
+            return
+        if path is None or _is_own_path(path):
+            del self._folders[handle]
+        else:
+            kept.path, kept.generation = path, generation
 
     def listed(self) -> dict[bytes, int]:
         """The paths and sequences as `list_folders` found them; the log may repeat a reason."""

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.replica import changes, fanotify
+from nfsha.replica import ledger as ledger_module
 from nfsha.replica.changes import (
     ChangeJournal,
     ChangesError,
@@ -336,7 +337,10 @@ def test_more_folders_than_allowed_are_forgotten_for_a_full_walk() -> None:
     assert "more than 10 folders" in ledger.walk_reason
 
 
-def test_an_overflow_asks_for_a_full_walk_and_distrusts_known_paths() -> None:
+def test_an_overflow_asks_for_a_full_walk_and_distrusts_known_paths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "_LOOKED_AT_AGAIN", 0)
     ledger, fake, tree = make_ledger()
     ledger.digest(tree, {entry(5, b"x"): fanotify.FAN_CREATE})
     ledger.list_folders(tree)
