@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica import superblock
 from nfsha.replica import volumes as volumes_module
 from nfsha.replica.mountinfo import read_mounts, visible
 from nfsha.replica.superblock import listed_uuids, read_uuid
@@ -39,6 +40,7 @@ from nfsha.replica.volumes import (
 
 EPOCH = Epoch(7, "0123456789abcdef", Role.PRIMARY)
 IDENTITY = str(uuid.UUID(int=1))
+OTHER = "12345678-9abc-def0-1234-56789abcdef0"
 
 
 def facts(**changed: object) -> VolumeFacts:
@@ -593,6 +595,31 @@ def test_what_is_no_device_has_no_uuid(tmp_path: Path) -> None:
     assert read_uuid(str(tmp_path / "file"), "ext4") is None
     assert read_uuid("none", "ext4") is None
     assert read_uuid("/dev/null", "ext4") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "uuid_at", "magic_at", "magic"),
+    [
+        ("ext3", 0x468, 0x438, b"\x53\xef"),
+        ("xfs", 0x20, 0, b"XFSB"),
+        ("btrfs", 0x10020, 0x10040, b"_BHRfS_M"),
+    ],
+)
+def test_a_uuid_is_where_the_kernels_headers_say_and_only_beside_the_magic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, uuid_at: int, magic_at: int,
+    magic: bytes,
+) -> None:  # fmt: skip
+    """Real ext4 and xfs are in tests/netns; a real btrfs was looked at once by hand."""
+    monkeypatch.setattr(superblock, "_block_device", lambda path: 1)
+    image = bytearray(0x11000)
+    image[uuid_at : uuid_at + 16] = uuid.UUID(OTHER).bytes
+    (tmp_path / "image").write_bytes(image)
+    assert read_uuid(str(tmp_path / "image"), kind) is None
+    image[magic_at : magic_at + len(magic)] = magic
+    (tmp_path / "image").write_bytes(image)
+    assert read_uuid(str(tmp_path / "image"), kind) == OTHER
+    (tmp_path / "image").write_bytes(image[: uuid_at + 8])  # a device that ends too early
+    assert read_uuid(str(tmp_path / "image"), kind) is None
 
 
 def test_all_our_own_names_fall_under_one_pattern() -> None:
