@@ -115,8 +115,10 @@ class Answers:
         settings = world.settings
         now_ms = world.clock_ms()
         health = world.last_health
+        facts = situation(engine.state, now_ms)
         return {
-            **situation(engine.state, now_ms),
+            **facts,
+            "alarms": [*_listed(facts["alarms"]), *self._copies.alarms()],
             "node": settings.name,
             "version": __version__,
             "vips": [str(vip) for vip in settings.vips],
@@ -154,6 +156,10 @@ class Answers:
             "asked": {name: asdict(one) for name, one in counters.items()},
             "last_answer_ms": now_ms - answered_ms if answered_ms >= 0 else None,
         }
+
+
+def _listed(alarms: object) -> list[Facts]:
+    return alarms if isinstance(alarms, list) else []
 
 
 def _flag(args: Facts, key: str) -> bool:

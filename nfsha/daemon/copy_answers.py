@@ -45,11 +45,19 @@ class CopyAnswers:
         """For `nfsha status`: the same as `volumes`, None where replication is off."""
         return self._replicator.facts() if self._replicator is not None else None
 
+    def alarms(self) -> list[Facts]:
+        """What is not as it should be with the copies."""
+        if self._replicator is None:
+            return []
+        return [{"name": name, "text": text} for name, text in self._replicator.alarms().items()]
+
     async def answer(self, command: str, args: Facts) -> Facts:
         """One command of `COMMANDS`."""
         try:
             return await self._answer(command, args)
-        except (ReplicaError, QuarantineError, VolumeError, OSError) as error:
+        except ReplicaError as error:
+            raise CommandError(str(error), {"refused": True}) from error
+        except (QuarantineError, VolumeError, OSError) as error:
             raise CommandError(str(error)) from error
 
     async def _answer(self, command: str, args: Facts) -> Facts:
@@ -92,7 +100,7 @@ class CopyAnswers:
         try:
             chosen, passes = await self._begin(args, wait=True)
         except ReplicaError as error:
-            raise CommandError(str(error)) from error
+            raise CommandError(str(error), {"refused": True}) from error
         pending = set(passes)
         while pending:
             _, pending = await asyncio.wait(pending, timeout=SHOW_EVERY_S)
@@ -199,8 +207,9 @@ class CopyAnswers:
         to = _maybe_text(args, "to")
         if to is None and not there.serves:
             raise CommandError(
-                "this node does not serve, so the next pass would undo a restore in place: run "
-                "this on the serving node"
+                "this node does not serve, so the next pass would undo a restore in place: pause "
+                "the passes (`nfsha sync --pause`), restore with --to into another folder, and "
+                "copy from there to the serving node"
             )
         folder = _name(to) if to is not None else None
         beside = _flag(args, "beside")

@@ -39,6 +39,8 @@ class Copy:
     attempts: int = 0
     progress: Progress | None = None
     plan: DeletionPlan | None = None
+    said: str = ""
+    """What the log said last of its troubles."""
     accepted: str | None = None
     """The hash of the plan of deletions that the operator accepted for the next pass."""
     full_walks: Counter[str] = field(default_factory=Counter)

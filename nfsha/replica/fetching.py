@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ _T = TypeVar("_T")
 
 MAX_FACTS_BYTES = 16 << 20
 MAX_ATTEMPTS_COUNTED = 10
-UNLIMITED = 1 << 62
+UNLIMITED = (1 << 31) - 1
 VERIFY_PAUSES_MS = 300_000
 """How long a verify goes on without an ordinary pass where these come by a cron line."""
 
@@ -226,14 +226,18 @@ class Fetching:
             raise
 
     def _refused(self, copy: Copy, why: str) -> None:
-        if why != copy.why or copy.state is not State.REFUSED:
-            log.warning("volume %s is not copied: %s", self._name(copy.uuid), why)
+        self._say(copy, f"volume {self._name(copy.uuid)} is not copied: {why}")
         copy.rest(State.REFUSED, why)
+
+    def _say(self, copy: Copy, words: str) -> None:
+        """Once, until something else is to be said: a pass that fails is tried again and again."""
+        if words != copy.said:
+            copy.said = words
+            log.warning("%s", words)
 
     def _failed(self, copy: Copy, why: str) -> None:
         copy.attempts = min(copy.attempts + 1, MAX_ATTEMPTS_COUNTED)
-        if copy.attempts == 1 or why != copy.why:
-            log.warning("volume %s: the pass failed: %s", self._name(copy.uuid), why)
+        self._say(copy, f"volume {self._name(copy.uuid)}: the pass failed: {why}")
         copy.rest(State.FAILED, why)
         self.schedule.retry(copy.uuid, copy.attempts)
 
@@ -311,6 +315,11 @@ class Fetching:
         mark = self._store.own.get(uuid)
         resync = here.stamp != epoch or bool(self._store.taint_of(uuid))
         folders, why_full = self._choose(copy, epoch, reason, changes, resync=resync)
+        if resync and not here.empty and not self._may_resync(reason):
+            raise RefusedError(
+                f"the copy holds the data of {here.stamp or 'no epoch'}, and sync.resync is "
+                '"on-failback": `nfsha sync` begins the resync'
+            )
         entry = await self._taint(copy, here, root_fd, epoch) if resync else None
         request = PassRequest(
             uuid=uuid,
@@ -329,6 +338,7 @@ class Fetching:
             bandwidth_kib_s=self._bandwidth(here),
             timeout_s=self._sync.timeout_s,
             connect_timeout_s=self._sync.connect_timeout_s,
+            name=f"volume {here.name}",
         )
         if why_full:
             copy.full_walks[why_full] += 1
@@ -358,6 +368,9 @@ class Fetching:
         folders, why = changes.since(mark.changes_id, mark.changes_seq)
         return folders, why
 
+    def _may_resync(self, reason: Reason) -> bool:
+        return self._sync.resync == "automatic" or reason.cause is Cause.COMMAND
+
     async def _taint(
         self, copy: Copy, here: VolumeFacts, root_fd: int, epoch: Epoch
     ) -> Entry | None:
@@ -382,9 +395,11 @@ class Fetching:
         pull = Pull(request, scratch, self._clocks.now_ms)
         self._pulls[copy.uuid] = pull
         try:
-            return await pull.run(copy.take_progress)
+            outcome = await pull.run(copy.take_progress)
         finally:
             self._pulls.pop(copy.uuid, None)
+        # Wherever it is shown the volume's name stands before it already.
+        return replace(outcome, sentence=outcome.sentence.removeprefix(f"{request.name}: "))
 
     async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark, *, missed: int) -> None:
         copy.missed_by_journal += missed
@@ -393,7 +408,7 @@ class Fetching:
             await self._write(volumes.write_stamp, here, mark.epoch)
         await self._write(self._untaint, copy.uuid, mark.epoch)
         copy.attempts = 0
-        copy.plan, copy.accepted = None, None
+        copy.plan, copy.accepted, copy.said = None, None, ""
         copy.rest(State.IDLE, "up to date")
         await self._inventory.look()
         self._changed()
@@ -411,8 +426,7 @@ class Fetching:
         copy.plan = outcome.plan if outcome.verdict is Verdict.HELD else copy.plan
         match outcome.verdict:
             case Verdict.HELD:
-                if copy.state is not State.HELD:
-                    log.warning("volume %s: %s", self._name(copy.uuid), outcome.sentence)
+                self._say(copy, f"volume {self._name(copy.uuid)}: {outcome.sentence}")
                 copy.rest(State.HELD, outcome.sentence)
             case Verdict.STOPPED | Verdict.REFUSED:
                 self._refused(copy, outcome.sentence)
@@ -420,8 +434,8 @@ class Fetching:
                 self._restarting.discard(copy.uuid)
                 copy.rest(State.IDLE, "begins again with another bandwidth")
                 self.schedule.trigger(copy.uuid, Reason(Cause.COMMAND))
-            case Verdict.KILLED:
-                copy.rest(State.OFF, outcome.sentence)
+            case Verdict.KILLED if self.epoch is None:
+                copy.rest(State.OFF, "ended: the state of this node changed")
             case Verdict.INCOMPLETE:
                 # The next pass must find what vanished gone, or copy it; it comes in a second.
                 log.info("volume %s: %s", self._name(copy.uuid), outcome.sentence)

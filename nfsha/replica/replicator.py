@@ -36,7 +36,7 @@ from nfsha.replica.marks import (
     wholeness,
 )
 from nfsha.replica.pull import From
-from nfsha.replica.quarantine import Quarantine, QuarantineError
+from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.serving import Serving
@@ -46,6 +46,9 @@ from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json, from_j
 log = logging.getLogger(__name__)
 
 RSYNC = "/usr/bin/rsync"
+KEEP_EVERY_MS = 60_000
+"""How often the limits of the quarantines are looked at."""
+
 LOOK_EVERY_S = 5.0
 """How often the filesystems are looked at while nothing else asks."""
 
@@ -82,6 +85,7 @@ class Replicator:
         self._settings = settings
         self._secret = secret
         self._ends = ends
+        self._clock_ms = clock_ms
         self._report = report
         self._tell = tell
         self._watch = watch
@@ -99,6 +103,7 @@ class Replicator:
             token=lambda epoch: epoch_token(secret, epoch),
             clocks=clocks,
             max_changed_folders=settings.sync.max_changed_folders,
+            changed=self._changed,
         )
         self.fetching = Fetching(
             settings.sync,
@@ -111,6 +116,8 @@ class Replicator:
             changed=self._changed,
         )
         self.answering = Answering(self.source.public)
+        self._over: dict[str, str] = {}
+        self._kept_ms = 0
         self.rsync = ""
         self.warnings: tuple[str, ...] = ()
         self._flow: Flow = Rest("the daemon is starting")
@@ -212,6 +219,9 @@ class Replicator:
             await self._pair_up()
             self.fetching.follow_volumes()
             self._changed()
+            if self._clock_ms() - self._kept_ms >= KEEP_EVERY_MS:
+                self._kept_ms = self._clock_ms()
+                await self._keep_quarantines()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._bell.wait()
@@ -379,6 +389,72 @@ class Replicator:
             "sync": copy.as_json(mark, age_ms, next_ms),
         }
 
+    def alarms(self) -> dict[str, str]:
+        """What is not as it should be with the copies: names, each with a sentence."""
+        found: dict[str, str] = {}
+        if self.inventory.trouble and self.inventory.looked_ms is not None:
+            found["volumes-unseen"] = self.inventory.trouble
+        for pair in self.inventory.pairs():
+            found |= self._pair_alarms(pair)
+        for copy in self.fetching.copies.values():
+            found |= self._copy_alarms(copy)
+        for name, over in self._over.items():
+            found[f"quarantine-full {name}"] = f"volume {name}: its quarantine {over}"
+        if isinstance(self._flow, Offer):
+            if self.source.trouble:
+                found["source"] = (
+                    f"the data is not offered to the other node: {self.source.trouble}"
+                )
+            for name, why in self.serving.troubles.items():
+                found[f"not-offered {name}"] = f"volume {name} is not offered: {why}"
+        return found
+
+    def _pair_alarms(self, pair: Pair) -> dict[str, str]:
+        if self.inventory.there is None or pair.paired in ("paired", "new"):
+            return {}
+        where = "here" if pair.paired == "unpaired-here" else "on the other node"
+        return {
+            f"unpaired {pair.name}": f"volume {pair.name} is a replicated one only {where}: it has "
+            "no copy (see `nfsha volumes`)"
+        }
+
+    def _copy_alarms(self, copy: Copy) -> dict[str, str]:
+        name = self._name(copy.uuid)
+        found = {}
+        if copy.plan is not None:
+            found[f"deletes-held {name}"] = f"volume {name}: {copy.why}"
+        elif copy.state in (State.FAILED, State.REFUSED):
+            found[f"not-copied {name}"] = f"volume {name}: {copy.why}"
+        if copy.damaged or copy.missed:
+            found[f"verify {name}"] = (
+                f"volume {name}: the last verify found {copy.damaged} damaged files and "
+                f"{copy.missed} missed changes (the log names them)"
+            )
+        if copy.missed_by_journal:
+            found[f"journal-missed {name}"] = (
+                f"volume {name}: full walks found {copy.missed_by_journal} differences that the "
+                "change journal had not named"
+            )
+        return found
+
+    async def _keep_quarantines(self) -> None:
+        """Looks at the limits of each quarantine, and drops what is beyond them if configured."""
+        sync = self._settings.sync
+        limits = (sync.quarantine_max_age_ms, sync.quarantine_max_bytes)
+        if limits == (None, None):
+            return
+        over = {}
+        for one in self.inventory.here:
+            if one.identity is None:
+                continue
+            try:
+                over[one.name] = await asyncio.to_thread(
+                    _in_quarantine, one, lambda store: _limited(store, limits, sync.quarantine_drop)
+                )
+            except (VolumeError, QuarantineError, OSError) as error:
+                over[one.name] = f"cannot be read: {error}"
+        self._over = {name: words for name, words in over.items() if words}
+
     def takeover_windows(self) -> list[str]:
         """Per volume, which writes may be missing if this node takes over now."""
         now_ns = time.time_ns()
@@ -421,6 +497,8 @@ class Replicator:
     ) -> list[asyncio.Task[bool]]:
         """Asks for a pass of one volume, or of all; with `wait`, what is done as each has ended."""
         chosen = self._chosen(name)
+        if self.fetching.schedule.paused:
+            raise ReplicaError("passes are paused: `nfsha sync --resume` lets them go on")
         if accept_deletes is not None:
             self._accept(chosen, accept_deletes)
         kind = Kind.VERIFY if verify else Kind.FULL if full else Kind.ORDINARY
@@ -497,7 +575,11 @@ class Replicator:
 
         Returns the answers by the volume's name. Raises ReplicaError and QuarantineError.
         """
-        wanted = [one for one in self.inventory.here if volume in (None, one.name, str(one.path))]
+        wanted = [
+            one
+            for one in self.inventory.here
+            if volume in (one.name, str(one.path)) or (volume is None and one.identity is not None)
+        ]
         if volume is not None and not wanted:
             raise ReplicaError(f"there is no volume {volume!r} here: see `nfsha volumes`")
         found = {}
@@ -509,6 +591,13 @@ class Replicator:
     def serves(self) -> bool:
         """This node is the source now: what is restored here is seen by clients."""
         return isinstance(self._flow, Offer)
+
+
+def _limited(store: Quarantine, limits: tuple[int | None, int | None], drop: bool) -> str:
+    if drop:
+        for entry in store.drop_expired(*limits):
+            log.warning("quarantine entry %s was beyond its limits, and is dropped", entry.name)
+    return over_limits(store.usage(), time.time_ns(), *limits)
 
 
 def _in_quarantine(one: VolumeFacts, call: Callable[[Quarantine], Any]) -> Any:  # noqa: ANN401

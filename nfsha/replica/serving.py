@@ -13,6 +13,7 @@ import logging
 import os
 import uuid as uuids
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,16 @@ class Serving:
         token: Callable[[Epoch], EpochToken],
         clocks: Clocks,
         max_changed_folders: int,
+        changed: Callable[[], None],
     ) -> None:
-        """`notes`: the durable folder of the change journals."""
+        """`notes`: the durable folder of the change journals. `changed`: a volume was marked."""
         self._inventory = inventory
         self.source = source
         self._notes = notes
         self._token = token
         self._clocks = clocks
         self._max_changed_folders = max_changed_folders
+        self._changed = changed
         self.journals: dict[str, ChangeJournal] = {}
         self.epoch: Epoch | None = None
         self.troubles: dict[str, str] = {}
@@ -97,8 +100,11 @@ class Serving:
     async def _offer(self, epoch: Epoch) -> None:
         fit: dict[str, VolumeFacts] = {}
         troubles: dict[str, str] = {}
+        marked = False
         cloned = self._inventory.cloned()
         for one in self._inventory.here:
+            if one.refused and one.name == ".":
+                continue  # the root is there for its mount points
             if one.identity in cloned:
                 names = ", ".join(cloned[one.identity])
                 troubles[one.name] = f"{names} bear one identity: a disk was copied block by block"
@@ -110,9 +116,13 @@ class Serving:
                 continue
             if ready.identity is not None:
                 fit[ready.identity] = ready
+                marked = marked or ready != one
         for name in troubles.keys() - self.troubles.keys():
             log.warning("volume %s is not offered: %s", name, troubles[name])
         self.troubles = troubles
+        if marked:
+            await self._inventory.look()
+            self._changed()
         await self._watch(fit)
         self._offered = fit
         offered = [SourceVolume(uuid, one.path) for uuid, one in sorted(fit.items())]
@@ -211,7 +221,7 @@ def _own(one: VolumeFacts, epoch: Epoch) -> VolumeFacts:
         one = volumes.write_identity(one, str(uuids.uuid4()), pair=True)
     if one.stamp != epoch:
         volumes.write_stamp(one, epoch)
-    return one
+    return replace(one, stamp=epoch)
 
 
 def _published(public: Path) -> set[str]:
