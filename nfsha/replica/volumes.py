@@ -135,11 +135,6 @@ class Place:
         """Those of the mount first, then those of the filesystem, none twice."""
         return tuple(dict.fromkeys((*self.mount.options, *self.mount.super_options)))
 
-    @property
-    def is_mount_point(self) -> bool:
-        """False for a root that is a plain folder on some filesystem."""
-        return self.mount.mount_point == str(self.path)
-
 
 # --- discovery -----------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ def test_the_root_is_first_and_the_others_follow_by_path(table: Table) -> None:
     found = table.places()
     assert [place.name for place in found] == [".", "a", "b", "ns1/data"]
     assert found[0].mount.source == "/dev/sda1"
-    assert not found[0].is_mount_point
+    assert found[0].mount.mount_point == "/"
     assert found[3].path == table.root / "ns1/data"
     assert found[3].mount.source == "/dev/mapper/vg-3"
     assert found[3].options == ("rw", "noatime")
@@ -123,7 +123,6 @@ def test_a_root_that_is_mounted_itself_is_its_own_place(table: Table) -> None:
     table.mount("a", parent=2)
     found = table.places()
     assert [place.mount.mount_id for place in found] == [2, 3]
-    assert found[0].is_mount_point
     assert found[0].mounts_inside == ("a",)
 
 
