@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import beneath, quarantine
+from nfsha.replica import beneath, quarantine, restoring
 from nfsha.replica.beneath import from_shown, shown
 from nfsha.replica.quarantine import (
     STORE,
@@ -302,14 +302,14 @@ def test_a_client_that_changes_the_place_during_the_restore(
     outside.mkdir()
     put(volume, b"a/one")
     entry = kept(store, b"a/one")
-    look = quarantine._Restore.look
+    look = restoring.Restore.look
 
-    def look_and_swap(self: quarantine._Restore, tree: int, names: None) -> None:
+    def look_and_swap(self: restoring.Restore, tree: int, names: None) -> None:
         look(self, tree, names)
         (volume / "a").rmdir()
         (volume / "a").symlink_to(outside)
 
-    monkeypatch.setattr(quarantine._Restore, "look", look_and_swap)
+    monkeypatch.setattr(restoring.Restore, "look", look_and_swap)
     result = store.restore(entry.name)
     assert result.files == 0 and [one.name for one in result.refused] == [b"a/"]
     assert list(outside.iterdir()) == []
@@ -321,13 +321,13 @@ def test_a_file_made_in_the_place_during_the_restore_is_not_replaced(
 ) -> None:
     put(volume, b"a/one", b"old")
     entry = kept(store, b"a/one")
-    look = quarantine._Restore.look
+    look = restoring.Restore.look
 
-    def look_and_write(self: quarantine._Restore, tree: int, names: None) -> None:
+    def look_and_write(self: restoring.Restore, tree: int, names: None) -> None:
         look(self, tree, names)
         put(volume, b"a/one", b"new")
 
-    monkeypatch.setattr(quarantine._Restore, "look", look_and_write)
+    monkeypatch.setattr(restoring.Restore, "look", look_and_write)
     result = store.restore(entry.name)
     assert result.files == 0
     assert [one.why for one in result.refused] == ["something is in its place"]
@@ -435,15 +435,15 @@ def test_a_restore_that_was_cut_goes_on(
     entry = kept(store, *names)
     for name in names:
         (volume / os.fsdecode(name)).parent.rmdir()
-    move, moved = quarantine._Restore._move_one, list[object]()
+    move, moved = restoring.Restore._move_one, list[object]()
 
-    def move_some(self: quarantine._Restore, *args: object) -> None:
+    def move_some(self: restoring.Restore, *args: object) -> None:
         if len(moved) == 7:
             raise KeyboardInterrupt
         moved.append(args)
         move(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(quarantine._Restore, "_move_one", move_some)
+    monkeypatch.setattr(restoring.Restore, "_move_one", move_some)
     with pytest.raises(KeyboardInterrupt):
         store.restore(entry.name)
     monkeypatch.undo()
