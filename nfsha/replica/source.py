@@ -32,6 +32,7 @@ from typing import Final
 
 from nfsha.core.model import Epoch
 from nfsha.replica.child import Child, ChildError, ChildStuckError, Priority
+from nfsha.replica.doorkeeper import admit_only
 from nfsha.replica.durable import read_small, write_durably
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Source:
         max_connections: int = MAX_CONNECTIONS,
         program: str = RSYNC,
     ) -> None:
-        """Raises ValueError for what is no address, and for a folder with another name."""
+        """Raises ValueError for what is no address, for two families, and for another name."""
         if _PLAIN_PATH.fullmatch(str(folder)) is None:
             raise ValueError(f"{folder}: only letters, digits and ._+- may be in its name")
         self.public = folder / "public"
@@ -185,6 +186,8 @@ class Source:
         self._listen = ip_address(listen)
         self._port = port
         self._peer = ip_address(peer)
+        if self._listen.version != self._peer.version:
+            raise ValueError(f"{listen} and {peer} are addresses of two families")
         self._clock_ms = clock_ms
         self._max_connections = max_connections
         self._program = program
@@ -192,6 +195,7 @@ class Source:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nfsha-source")
         self._turn = asyncio.Lock()
         self._stops = 0
+        self._warned: set[str] = set()
         self._offer: _Offer | None = None
         self._child: Child | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -302,6 +306,7 @@ class Source:
         try:
             if not await self._answers(self._child):
                 return await self._words(self._child, "does not answer")
+            self._close_to_others(self._child)
             self._up, self.trouble = True, ""
             self._settled.set()
             await self._until_it_ends(self._child)
@@ -326,6 +331,22 @@ class Source:
                         return True
                     await asyncio.sleep(_POLL_S)
         return False
+
+    def _close_to_others(self, child: Child) -> None:
+        """After the greeting: from then on not even this machine can connect."""
+        try:
+            admit_only(child.pid, self._port, self._peer)
+        except OSError as error:
+            self._limited(
+                "others than the peer can open connections to the rsync daemon (and get nothing "
+                f"from it): its port cannot be closed to them: {error.strerror}"
+            )
+
+    def _limited(self, words: str) -> None:
+        """Warns once, not at each start."""
+        if words not in self._warned:
+            self._warned.add(words)
+            log.warning("the source of the replication: %s", words)
 
     async def _greets(self) -> bool:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import rsync_version
+from nfsha.replica import doorkeeper, rsync_version
 from nfsha.replica.source import (
     CONTROL_MODULE,
     MAX_LOG_BYTES,
@@ -42,6 +43,7 @@ SECRET = b"k" * 32
 EPOCH = Epoch(4, "00112233aabbccdd", Role.PRIMARY)
 TOKEN = epoch_token(SECRET, EPOCH)
 AUTH_OR_UNKNOWN = 5  # rsync(1): error starting client-server protocol
+NO_ANSWER = 35  # rsync(1): timeout waiting for daemon connection
 
 
 @dataclass
@@ -63,6 +65,7 @@ def net() -> Iterator[Net]:
                 address = f"fd00:9:{number}::{host}/64"
                 place.ip("addr", "add", address, "dev", name, "nodad")
         stranger.ip("route", "add", "default", "via", "10.9.2.1")
+        stranger.ip("-6", "route", "add", "default", "via", "fd00:9:2::1")
         yield Net(source, peer, stranger)
 
 
@@ -216,22 +219,67 @@ def test_whoever_has_not_the_epochs_token_is_refused(
     in_the_source(net, main)
 
 
-def test_another_address_is_refused_with_the_right_token(
+def test_another_address_gets_no_answer_with_the_right_token(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        ends = {"listen": "fd00:9:1::1", "peer": "fd00:9:1::2"}
+        async with offered(tmp_path / "6", volume[1], **ends), offered(tmp_path, volume[1]):
+            for place, host in (
+                (net.stranger, "10.9.1.1"),
+                (net.source, "10.9.1.1"),
+                (net.stranger, "[fd00:9:1::1]"),
+            ):
+                for module in (volume[1].module, CONTROL_MODULE):
+                    words = ("--contimeout=1", f"SOURCE/{module}/")
+                    answer = await rsync(place, *words, host=host)
+                    assert (answer.code, answer.out) == (NO_ANSWER, ""), (place, answer)
+            answer = await rsync(net.stranger, f"SOURCE/{CONTROL_MODULE}/", host="10.9.2.1")
+            assert answer.code == 10  # not bound to that address
+
+    in_the_source(net, main)
+
+
+def test_strangers_cannot_fill_it_with_connections(
     net: Net, volume: Fixture, tmp_path: Path
 ) -> None:
     async def main() -> None:
         async with offered(tmp_path, volume[1]) as source:
-            for module in (volume[1].module, CONTROL_MODULE):
-                answer = await rsync(net.stranger, f"SOURCE/{module}/")
-                assert (answer.code, answer.out) == (AUTH_OR_UNKNOWN, "")
-                assert "Unknown module" in answer.said
-            own = await rsync(net.source, f"SOURCE/{CONTROL_MODULE}/")
-            assert own.code == AUTH_OR_UNKNOWN
-            answer = await rsync(net.stranger, f"SOURCE/{CONTROL_MODULE}/", host="10.9.2.1")
-            assert answer.code == 10  # not bound to that address
-            assert "denied" in source.log_path.read_text()
+            with contextlib.ExitStack() as stack:
+                with inside(net.stranger):
+                    knocking = [stack.enter_context(socket.socket()) for _ in range(50)]
+                for each in knocking:
+                    each.setblocking(False)
+                    each.connect_ex(("10.9.1.1", PORT))
+                await asyncio.sleep(0.3)
+                assert daemon(source).children() == []
+                assert (await rsync(net.peer, f"SOURCE/{volume[1].module}/")).code == 0
 
     in_the_source(net, main)
+
+
+def test_where_the_port_cannot_be_closed_the_daemon_refuses_others_itself(
+    net: Net,
+    volume: Fixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def not_allowed(*_: object) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    async def main() -> None:
+        async with offered(tmp_path, volume[1]) as source:
+            for module in (volume[1].module, CONTROL_MODULE):
+                for place in (net.stranger, net.source):
+                    answer = await rsync(place, f"SOURCE/{module}/")
+                    assert (answer.code, answer.out) == (AUTH_OR_UNKNOWN, "")
+                    assert "Unknown module" in answer.said
+            assert "denied" in source.log_path.read_text()
+
+    monkeypatch.setattr(doorkeeper, "_take", not_allowed)
+    in_the_source(net, main)
+    assert "cannot be closed to them: Operation not permitted" in caplog.text
 
 
 def test_nothing_else_is_offered(net: Net, volume: Fixture, tmp_path: Path) -> None:
@@ -505,8 +553,6 @@ def test_ipv6(net: Net, volume: Fixture, tmp_path: Path) -> None:
             assert source.running, source.trouble
             answer = await rsync(net.peer, f"SOURCE/{volume[1].module}/", host="[fd00:9:1::1]")
             assert answer.code == 0, answer
-            own = await rsync(net.source, f"SOURCE/{volume[1].module}/", host="[fd00:9:1::1]")
-            assert own.code == AUTH_OR_UNKNOWN
 
     in_the_source(net, main)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica.doorkeeper import filter_for
 from nfsha.replica.source import (
     EpochToken,
     PathRefusedError,
@@ -86,6 +88,39 @@ def test_a_folder_that_a_shell_would_read_otherwise_is_refused(folder: str) -> N
 def test_the_peer_is_one_address(peer: str) -> None:
     with pytest.raises(ValueError, match="address"):
         Source(Path("/run/x"), "127.0.0.1", 7911, peer, lambda: 0)
+
+
+def test_both_ends_are_of_one_family() -> None:
+    with pytest.raises(ValueError, match="two families"):
+        Source(Path("/run/x"), "127.0.0.1", 7911, "::1", lambda: 0)
+
+
+@given(st.ip_addresses(), st.integers(0, 2**128 - 1))
+def test_the_filter_lets_the_peer_through_and_nobody_else(
+    peer: IPv4Address | IPv6Address, number: int
+) -> None:
+    other = type(peer)(number % 2**peer.max_prefixlen)
+    assert admits(filter_for(peer), peer)
+    assert admits(filter_for(peer), other) == (other == peer)
+
+
+def admits(
+    instructions: list[tuple[int, int, int, int]], source: IPv4Address | IPv6Address
+) -> bool:
+    """Runs a socket filter on the network header of a packet from there."""
+    header = bytes(12 if source.version == 4 else 8) + source.packed
+    at = word = 0
+    while True:
+        code, if_true, if_false, constant = instructions[at]
+        match code:
+            case 0x20:
+                offset = (constant + 0x100000) & 0xFFFFFFFF
+                word = int.from_bytes(header[offset : offset + 4], "big")
+            case 0x15:
+                at += if_true if word == constant else if_false
+            case _:
+                return constant > 0
+        at += 1
 
 
 def test_only_a_larger_offer_under_the_same_token_lets_connections_go_on() -> None:
