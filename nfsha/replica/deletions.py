@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +38,7 @@ PARTIAL_NAME: Final = b".nfsha-partial"
 _DIGEST_BYTES: Final = 16
 _FILE: Final = b"f"
 _FOLDER: Final = b"d"
+_STRAY: Final = b"t"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class DeletionPlan:
     count: int
     files: int
     """All that are not folders."""
+    strays: int = 0
+    """Those of `files` that bear a name as rsync gives to what it is receiving."""
 
 
 def ruling(plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool) -> str:
@@ -86,6 +90,8 @@ def ruling(plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool) 
     return ""
 
 
+# rsync's receiver.c, get_tmpname: a dot, the name (cut if it is long), a dot, six characters.
+_TEMPORARY = re.compile(rb"(?:.*/)?\.[^/]*\.[A-Za-z0-9]{6}", re.S)
 _DELETION: Final = b"*deleting   "
 _ITEM = re.compile(rb"([<>ch.])([fdLDS]).{9} ")
 
@@ -128,8 +134,14 @@ class PlanReader:
         for digest in every:
             total.update(digest)
         names = tuple(sorted(set(self._names)))
-        files = sum(digest[-1:] == _FILE for digest in every)
-        return DeletionPlan(names, total.hexdigest() if every else "", len(every), files)
+        kinds = Counter(digest[-1:] for digest in every)
+        return DeletionPlan(
+            names=names,
+            hash=total.hexdigest() if every else "",
+            count=len(every),
+            files=kinds[_FILE] + kinds[_STRAY],
+            strays=kinds[_STRAY],
+        )
 
     @property
     def too_many_folders(self) -> bool:
@@ -144,7 +156,7 @@ class PlanReader:
     def _deletion(self, name: bytes) -> None:
         # The same name may come twice: with a listed folder that is gone, and with its parent.
         self._digests += hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
-        self._digests += _FOLDER if name.endswith(b"/") else _FILE
+        self._digests += _kind(name)
         if len(self._names) < MAX_NAMES:
             self._names.append(name)
         if not self._too_many_folders:
@@ -158,6 +170,12 @@ class PlanReader:
             self._too_many_folders = True
             self.touched.clear()
             self.parents.clear()
+
+
+def _kind(name: bytes) -> bytes:
+    if name.endswith(b"/"):
+        return _FOLDER
+    return _STRAY if _TEMPORARY.fullmatch(name) else _FILE
 
 
 def leaves_something(root_fd: int, deleted_files: int) -> bool:

@@ -348,13 +348,19 @@ class Pull:
     async def _copy(self, course: Course, *, total_bytes: int | None, make_way: int) -> _Run:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
         root_fd = self.request.root_fd
-        await asyncio.to_thread(_make_incoming, root_fd)
+        # Beside their places is faster, but a killed rsync leaves files there that a client could
+        # see. A first copy may: it is no replica before its end, and the next pass deletes them.
+        aside = not self.request.limits.target_empty
+        if aside:
+            await asyncio.to_thread(_make_incoming, root_fd)
         try:
             while True:
                 self._again = False
                 reader = ProgressReader(Stage.COPY, total_bytes, self._clock_ms())
                 self._report(reader.last)
-                argv = course.copy(make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s)
+                argv = course.copy(
+                    make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s, aside=aside
+                )
                 run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
                 if not self._again or self._ending or run.ending.verdict is not Verdict.KILLED:
                     self._tally.add_copy(run, reader.last)
@@ -363,7 +369,8 @@ class Pull:
                 if total_bytes is not None:
                     total_bytes = max(0, total_bytes - reader.last.bytes)
         finally:
-            await asyncio.to_thread(_drop_incoming, root_fd)
+            if aside:
+                await asyncio.to_thread(_drop_incoming, root_fd)
 
     def _reporter(self, reader: ProgressReader) -> Callable[[bytes], None]:
         def take(line: bytes) -> None:
@@ -465,8 +472,11 @@ class Pull:
         plan = self._plan
         if plan is None:
             return ""
-        left = not plan.files or leaves_something(self.request.root_fd, plan.files)
-        return ruling(plan, self.request.limits, leaves_something=left)
+        limits = self.request.limits
+        # Before the first complete pass, what a killed one left of rsync's own is no data.
+        files = plan.files if limits.known_files else plan.files - plan.strays
+        left = not files or leaves_something(self.request.root_fd, plan.files)
+        return ruling(plan, limits, leaves_something=left)
 
     def _only_gone(self, complaints: Complaints) -> bool:
         """Whether all that vanished are listed folders, or folders on the way to them.

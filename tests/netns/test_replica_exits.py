@@ -91,8 +91,7 @@ def cut(daemon: PlainSource, places: tuple[Path, Path, Path], act: Callable[[int
         if isinstance(done, Awaitable):
             await done
 
-    mine: dict[str, Any] = {"limits": limits(target_empty=True), **SLOW}
-    return pull(daemon, places[1], places[2], meanwhile=meanwhile, **(mine | changes))
+    return pull(daemon, places[1], places[2], meanwhile=meanwhile, **(SLOW | changes))
 
 
 # --- the network and the source ------------------------------------------------------------------
@@ -302,12 +301,15 @@ def test_23_content_that_cannot_be_read_stops_all_deletions(
         pull(daemon, target.path, tmp_path, limits=limits(target_empty=True))
         (source.path / "a" / "gone").unlink()
         os.utime(large, ns=(0, 1))
-        daemon.stop()
-        source.lose_content(8 << 20)
-    with PlainSource(tmp_path / "again", {UUID: source.path}) as daemon:
+        source.remount_ro()  # a write behind the cut would make a readable hole of it
+        fd = os.open(large, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        os.truncate(source.image, 8 << 20)
         folders = None if walk == "full" else (b".", b"a", b"b")
         outcome = pull(daemon, target.path, tmp_path, folders=folders)
     assert (outcome.exit_code, outcome.verdict) == (23, Verdict.FAILED), outcome
+    assert "Input/output error (5)" in outcome.sentence
     assert outcome.deletions == 0
     assert (target.path / "a" / "gone").exists()
     assert (target.path / "b" / "damaged").read_bytes() == b"old" * (8 << 20)
@@ -411,6 +413,20 @@ def test_20_killed_by_somebody(
     assert visible(places[1]) == []
     again = pull(daemon, places[1], places[2])
     assert again.verdict is Verdict.COMPLETE, again
+    assert differences(*places[:2]) == []
+
+
+def test_a_first_copy_that_is_killed_is_put_in_order_by_the_next_pass(
+    daemon: PlainSource, places: tuple[Path, Path, Path]
+) -> None:
+    with_large(places[0])
+    first = limits(target_empty=True)
+    cut(daemon, places, lambda pid, _one: os.kill(pid, signal.SIGKILL), limits=first)
+    left = visible(places[1])
+    assert len(left) == 1
+    assert left[0].startswith(".a large one.")
+    outcome = pull(daemon, places[1], places[2])
+    assert (outcome.verdict, outcome.deletions) == (Verdict.COMPLETE, 1), outcome
     assert differences(*places[:2]) == []
 
 

@@ -73,7 +73,7 @@ def test_a_folder_emptied_to_make_way_is_not_looked_into() -> None:
 
 def test_nothing_to_do() -> None:
     reader = read(b"", b"Number of files: 9 (reg: 9)")
-    assert reader.finish() == DeletionPlan((), "", 0, 0)
+    assert reader.finish() == DeletionPlan((), "", 0, 0, 0)
     assert (reader.copies, reader.touched, reader.parents) == (0, set(), set())
 
 
@@ -90,6 +90,13 @@ def test_the_hash_is_of_the_set_of_names(found: list[bytes], chance: Any) -> Non
 
 def test_a_folder_and_a_file_of_one_name_are_two_plans() -> None:
     assert plan_of(b"a").hash != plan_of(b"a/").hash
+
+
+def test_what_rsync_left_is_counted_apart() -> None:
+    plan = plan_of(
+        b".file.aB3dEf", b"a/.\n.aaaaaa", b"a/.file.aB3dE/", b"file.aB3dEf", b".a.aB3dE_"
+    )
+    assert (plan.files, plan.strays) == (4, 2)
 
 
 def test_names_are_bounded_and_the_count_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
