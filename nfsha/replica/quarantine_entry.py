@@ -89,9 +89,7 @@ def decode_record(name: str, data: bytes) -> Entry:
     matched = NAME.fullmatch(name)
     if matched is None:
         raise ValueError(f"{name!r} is not the name of an entry")
-    when = datetime.strptime(matched[1], _TIME).replace(tzinfo=UTC)
-    created_ns = (int((when - _OLDEST).total_seconds()) * 1000 + int(matched[2])) * 1_000_000
-    blank = Entry(name, matched[3], "", created_ns, None, "", "", complete=False)
+    blank = Entry(name, matched[3], "", _created_ns(matched), None, "", "", complete=False)
     if not data:
         return replace(blank, trouble="it has no record: cut when it began, or altered")
     try:
@@ -101,6 +99,14 @@ def decode_record(name: str, data: bytes) -> Entry:
         return _entry_of(blank, document)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return replace(blank, trouble=f"its record is damaged ({error})"[:MAX_TEXT])
+
+
+def _created_ns(matched: re.Match[str]) -> int:
+    try:
+        when = datetime.strptime(matched[1], _TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return 0  # no day that there is: nfsha did not write it
+    return (int((when - _OLDEST).total_seconds()) * 1000 + int(matched[2])) * 1_000_000
 
 
 def _entry_of(blank: Entry, document: Document) -> Entry:

@@ -390,6 +390,8 @@ class Verify:
             tally.read_bytes += part.size
             progress(self._progress(tally, part, self._clock_ms() - began_ms))
             await self._keep_rate(part.size, began_ms)
+        if worst.verdict is Verdict.COMPLETE and tally.troubles:  # a folder that cannot be read
+            worst = Ending(Verdict.INCOMPLETE, 0, tally.troubles[0])
         return tally.look(_ENDED if self._stop.is_set() else worst)
 
     async def _compare(self, part: Slice) -> tuple[Ending, list[bytes]]:

@@ -128,6 +128,22 @@ def test_an_entry_with_a_damaged_record_is_listed_and_comes_back(
     assert (volume / "one").read_bytes() == b"content"
 
 
+def test_what_others_put_into_the_store_does_not_hide_the_entries(
+    store: Quarantine, volume: Path
+) -> None:
+    put(volume, b"one")
+    entry = kept(store, b"one")
+    here = volume / STORE
+    (here / "20269999T999999.999Z-resync-01234567").mkdir()
+    (here / "20260921T141320.123Z-file-01234567").write_text("no folder")
+    (here / "20260921T141320.123Z-link-01234567").symlink_to(entry.name)
+    (here / "notes").mkdir()
+    listed = store.list().entries
+    assert [one.name for one in listed if not one.trouble] == [entry.name]
+    assert [(one.created_ns, one.complete) for one in listed if one.trouble] == [(0, False)]
+    assert store.usage().files == 1
+
+
 def test_the_record_of_another_entry_is_damage(store: Quarantine, volume: Path) -> None:
     put(volume, b"one")
     put(volume, b"two")
