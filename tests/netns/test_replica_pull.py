@@ -13,11 +13,23 @@ from typing import Any
 
 import pytest
 
-from nfsha.replica.exits import Verdict
+from nfsha.core.model import Epoch, Role
+from nfsha.replica.arguments import From
+from nfsha.replica.exits import Ending, Verdict
 from nfsha.replica.progress import Progress, Stage
 from nfsha.replica.pull import PassOutcome, Pull, fetch_control
+from nfsha.replica.source import Source, SourceVolume, epoch_token
 from tests.netns.namespaces import run
-from tests.netns.pullkit import UUID, PlainSource, limits, pull
+from tests.netns.pullkit import (
+    UUID,
+    PlainSource,
+    ask,
+    clock_ms,
+    free_port,
+    limits,
+    pull,
+    root,
+)
 from tests.netns.treewalk import ODD_NAMES, differences, make_odd_tree
 from tests.netns.volumekit import LoopVolume, make_volume
 
@@ -569,6 +581,58 @@ def test_what_a_resync_keeps(pair: Pair) -> None:
     assert stat.S_ISFIFO((kept / "gone" / "fifo").stat().st_mode)
     assert (kept / "keep" / "3").read_text() == "written on the wrong side"
     assert not (kept / "gone" / "empty").exists()
+
+
+# --- from nfsha's own source ---------------------------------------------------------------------
+
+EPOCH = Epoch(3, "00000000000000aa", Role.PRIMARY)
+LATER = Epoch(4, "00000000000000bb", Role.PRIMARY)
+
+
+def test_from_the_real_source(make_volume: Callable[..., LoopVolume], tmp_path: Path) -> None:
+    """Under its token only; and not from a folder in which the volume is not mounted any more."""
+    there, here = make_volume("ext4"), make_volume("ext4")
+    write(there.path / ".nfsha-volume", f"{UUID}\n")
+    for number in range(30):
+        write(there.path / "a" / f"{number}")
+
+    async def scene(root_fd: int) -> tuple[list[PassOutcome], Ending]:
+        port = free_port()
+        source = Source(tmp_path / "source", "127.0.0.1", port, "127.0.0.1", clock_ms)
+        outcomes = []
+
+        async def one_pass(epoch: Epoch, **changes: Any) -> None:
+            where = From("127.0.0.1", port, epoch_token(b"key", epoch), "127.0.0.1")
+            request = ask(where, root_fd, **changes)
+            outcomes.append(await Pull(request, tmp_path, clock_ms).run(lambda _: None))
+
+        try:
+            volumes = [SourceVolume(UUID, there.path)]
+            await source.serve(epoch_token(b"key", EPOCH), volumes)
+            await one_pass(EPOCH, limits=limits(target_empty=True))
+            await one_pass(EPOCH)
+            await one_pass(LATER)
+            (source.public / "facts.json").write_text("{}")
+            where = From("127.0.0.1", port, epoch_token(b"key", EPOCH))
+            ending = await fetch_control(where, tmp_path / "into", ["facts.json"])
+            there.unmount(lazy=True)
+            await one_pass(EPOCH)
+            await one_pass(EPOCH, folders=(b".", b"a"))
+        finally:
+            await source.stop()
+        return outcomes, ending
+
+    (tmp_path / "into").mkdir()
+    with root(here.path) as root_fd:
+        outcomes, ending = asyncio.run(scene(root_fd))
+    verdicts = [outcome.verdict for outcome in outcomes]
+    assert verdicts == [Verdict.COMPLETE] * 2 + [Verdict.REFUSED] * 3, outcomes
+    assert outcomes[0].transferred_files == 30
+    assert outcomes[1].sentence == "data: nothing differed"
+    assert "its own check of the volume failed" in outcomes[3].sentence
+    assert ending.verdict is Verdict.COMPLETE, ending
+    assert (tmp_path / "into" / "facts.json").read_text() == "{}"
+    assert len(list((here.path / "a").iterdir())) == 30
 
 
 # --- the control module --------------------------------------------------------------------------
