@@ -1,8 +1,7 @@
 """This node's volumes as they are now, and the other node's as it told: which belong together.
 
-It looks at the filesystems again and again, in a thread of its own, and keeps the newest answer.
-A look that hangs (a dead disk) does not hang the daemon: the old answer stands, and is called old.
-It writes nothing.
+It looks at the filesystems again and again, in threads, and keeps the newest answer: a disk that
+hangs hides no other volume. It writes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nfsha.core.model import Epoch
-from nfsha.replica import volumes
-from nfsha.replica.volumes import VolumeError, VolumeFacts
-
-LOOK_WITHIN_S = 10.0
-"""A look at all volumes that takes longer hangs in the kernel."""
+from nfsha.replica.survey import Survey
+from nfsha.replica.volume_facts import VolumeError, VolumeFacts, differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +33,9 @@ class Inventory:
     """What is known of the volumes of both nodes."""
 
     def __init__(self, root: Path, clock_ms: Callable[[], int]) -> None:
-        self._root = root
+        self._survey = Survey(root, lambda: clock_ms() / 1000)
         self._clock_ms = clock_ms
-        self._look: asyncio.Future[tuple[VolumeFacts, ...]] | None = None
+        self._turn = asyncio.Lock()
         self.here: tuple[VolumeFacts, ...] = ()
         self.there: tuple[VolumeFacts, ...] | None = None
         """None: the other node has not told yet."""
@@ -48,17 +44,14 @@ class Inventory:
 
     async def look(self) -> tuple[VolumeFacts, ...]:
         """Looks at the filesystems; returns the newest answer, with `trouble` when it is old."""
-        if self._look is None or self._look.done():
-            self._look = asyncio.ensure_future(asyncio.to_thread(volumes.discover, self._root))
-        try:
-            self.here = await asyncio.wait_for(asyncio.shield(self._look), LOOK_WITHIN_S)
-        except TimeoutError:
-            self.trouble = f"a look at the volumes hangs for {LOOK_WITHIN_S:.0f} s: a disk is dead"
-        except (OSError, VolumeError) as error:
-            self.trouble = str(error)
-        else:
-            self.trouble = ""
-            self.looked_ms = self._clock_ms()
+        async with self._turn:
+            try:
+                self.here = await self._survey.look()
+            except VolumeError as error:
+                self.trouble = str(error)
+            else:
+                self.trouble = ""
+                self.looked_ms = self._clock_ms()
         return self.here
 
     def by_uuid(self, uuid: str) -> VolumeFacts | None:
@@ -112,7 +105,7 @@ def _pair(here: VolumeFacts | None, there: VolumeFacts | None) -> Pair:
     one = here or there
     if one is None:
         raise ValueError("a pair of nothing")
-    differs = volumes.differences(here, there) if here is not None and there is not None else ()
+    differs = differences(here, there) if here is not None and there is not None else ()
     identities = {side.identity for side in (here, there) if side is not None}
     uuid = next((identity for identity in identities if identity is not None), None)
     if here is not None and there is not None and identities == {uuid} and uuid is not None:

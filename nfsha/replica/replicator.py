@@ -237,7 +237,7 @@ class Replicator:
             return  # it changed meanwhile: the bell has rung
         if isinstance(flow, Offer) and self._serving_task is None:
             if self.store.tainted:  # an operator made this data the truth, whatever it is
-                await asyncio.to_thread(self.store.untaint)
+                await self._remember(self.store.untaint)
             self._serving_task = asyncio.ensure_future(self.serving.run(flow.epoch))
             self._watch(self._serving_task)
         if isinstance(flow, Fetch):
@@ -302,7 +302,11 @@ class Replicator:
             return False, self.inventory.trouble
         missing = [uuid for uuid in self.store.own if self.inventory.by_uuid(uuid) is None]
         if missing:
-            return False, f"a volume that was copied is not mounted here: {', '.join(missing)}"
+            marks = self._settings.paths.state / "marks"
+            return False, (
+                f"a volume that was copied is not mounted here: {', '.join(missing)} (if it was "
+                f"removed for good: remove {marks}/own-UUID and restart nfsha)"
+            )
         return wholeness(
             self._paired(), self.store, epoch, time.time_ns(), self._settings.sync.max_data_age_ms
         )
@@ -334,13 +338,20 @@ class Replicator:
             return
         self.inventory.there = there
         if isinstance(self._flow, Offer):
-            await asyncio.to_thread(self.store.put_peer, told)
+            await self._remember(self.store.put_peer, told)
             self.serving.acknowledge(
                 {mark.volume: (mark.changes_id, mark.changes_seq) for mark in told}
             )
             if isinstance(facts, Mapping):
                 await self.answering.heard(facts.get("questions"), self.inventory.by_uuid)
         self._bell.set()
+
+    async def _remember(self, call: Callable[..., None], *args: object) -> None:
+        """Writes a mark or a taint that nothing rests on now: a full disk is only worth a line."""
+        try:
+            await asyncio.to_thread(call, *args)
+        except MarksError as error:
+            log.warning("%s", error)
 
     # ------------------------------------------------------------- for operators
 

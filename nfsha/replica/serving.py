@@ -126,7 +126,10 @@ class Serving:
         await self._watch(fit)
         self._offered = fit
         offered = [SourceVolume(uuid, one.path) for uuid, one in sorted(fit.items())]
-        await self.source.serve(self._token(epoch), offered)
+        try:
+            await self.source.serve(self._token(epoch), offered)
+        except ChildStuckError as error:
+            log.error("the data is not offered: %s", error)
         for uuid, why in self.source.refused.items():
             self.troubles[fit[uuid].name] = why
 
