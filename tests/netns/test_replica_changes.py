@@ -30,6 +30,7 @@ from nfsha.replica.changes import (
 from tests.netns.labkit import nfs_client
 from tests.netns.labkit.nfs_server import NfsServer, make_disks
 from tests.netns.labkit.place import Place
+from tests.netns.namespaces import run
 from tests.netns.treewalk import differences
 from tests.netns.volumekit import LoopVolume, left_behind
 
@@ -40,8 +41,8 @@ def boot_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-def drop_caches() -> None:
-    os.sync()
+def drop_caches(root: Path) -> None:
+    subprocess.run(["sync", "-f", root], check=True)  # what is dirty is not dropped
     Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
@@ -231,9 +232,9 @@ def test_rename_of_a_folder_with_ten_thousand_files(volume: LoopVolume, watch: W
         os.close(os.open(root / f"big/{number}", os.O_CREAT | os.O_WRONLY))
     watched = watch(root)
     (root / "big").rename(root / "large")
-    begun = time.monotonic()
+    used = cpu_s()
     assert watched.take() == {".", "large", "large/deep"}
-    assert time.monotonic() - begun < 2.0
+    assert cpu_s() - used < 1.0
     assert watched.journal.counters.moved_folders == 1
 
 
@@ -441,7 +442,7 @@ def write_by_handle(root: Path, name: str) -> int:
     root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         handle, _ = fanotify.handle_of(root_fd, os.fsencode(name))
-        drop_caches()
+        drop_caches(root)
         opened = fanotify.open_handle(root_fd, handle, os.O_RDWR)
         assert Path(f"/proc/self/fd/{opened}").readlink() == Path("/")  # no name, really
         os.write(opened, b"by handle")
@@ -512,11 +513,10 @@ def test_a_search_neither_lets_the_queue_fill_nor_holds_up_a_close(
     assert publisher.is_alive()
     begun = time.monotonic()
     assert watched.journal.counters.searches == 1
-    assert time.monotonic() - begun < 0.1
     watched.journal.acknowledge(watched.journal.journal_id, 1)
     watched.journal.close()
-    assert time.monotonic() - begun < 0.1  # the loop that renews leases may call these
-    publisher.join(1)
+    assert time.monotonic() - begun < 0.5  # the loop that renews leases may call these
+    publisher.join(5)
     assert not publisher.is_alive()
     assert watched.journal.ended == "it was closed"
     with pytest.raises(ChangesError, match="does not run"):
@@ -590,17 +590,28 @@ def test_it_does_not_keep_the_volume_mounted(volume: LoopVolume, watch: Watch) -
     assert watched.walks() == {WalkReason.ENDED: 1}
 
 
-def test_an_unmount_with_a_new_mount_is_noticed(volume: LoopVolume, watch: Watch) -> None:
-    watched = watch(volume.path)
-    device, before = volume.device, volume.path.stat()
+def test_nothing_is_missed_between_an_unmount_and_a_new_mount(
+    volume: LoopVolume, watch: Watch
+) -> None:
+    """The same device, the same root, the same inode: only the mark tells the difference."""
     volume.unmount()
-    (volume.path / "not here").unlink(missing_ok=True)
-    volume.mount()
-    assert (volume.device, volume.path.stat().st_dev) == (device, before.st_dev)
-    (volume.path / "missed").write_text("1")
-    folders, why = watched.look()
-    assert folders is None
-    assert "unmounted" in why
+    device = run("losetup", "--find", "--show", str(volume.image)).strip()
+    try:
+        options = ["-o", "nouuid"] if volume.fstype == "xfs" else []
+        run("mount", *options, device, str(volume.path))
+        watched, before = watch(volume.path), volume.path.stat()
+        run("umount", str(volume.path))
+        run("mount", *options, device, str(volume.path))
+        assert os.path.samestat(before, volume.path.stat())
+        (volume.path / "missed").write_text("1")
+        folders, why = watched.look()
+        run("umount", str(volume.path))
+    finally:
+        run("losetup", "--detach", device)
+    if folders is None:
+        assert "unmounted" in why
+    else:  # another mount namespace of this host has the volume too: it was watched all the time
+        assert folders == (b".",)
 
 
 def test_a_lazy_unmount_ends_it(volume: LoopVolume, watch: Watch) -> None:
@@ -906,7 +917,7 @@ def test_a_copy_by_the_lists_alone_is_equal(
                 busy.go(15)
                 look()  # a path that was looked up may be another's before it is pulled
             if seed % 2:
-                drop_caches()
+                drop_caches(volume.path)
             folders, why = watched.look()
             assert folders is not None, why
             pull(volume.path, copy.path, folders, tmp_path)
@@ -1020,7 +1031,7 @@ def test_writes_by_nfs_with_cold_caches(server: NfsServer, watch: Watch) -> None
                 "removed": {"a"}}  # fmt: skip
     going = steps()
     for _ in expected:
-        drop_caches()
+        drop_caches(root)
         step = server.place.inside(lambda: next(going))
         assert watched.take() == expected[step], step
     assert watched.walks() == {}
