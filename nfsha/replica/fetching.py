@@ -468,7 +468,10 @@ class Fetching:
             log.error(
                 "volume %s: %s: %s: %s", here.name, shown(found.name), found.kind, found.evidence
             )
-        if outcome.verdict is not Verdict.COMPLETE:
+        if outcome.verdict is Verdict.KILLED and self.epoch is None:
+            copy.rest(State.OFF, "ended: the state of this node changed")
+            return
+        if outcome.verdict not in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._failed(copy, outcome.sentence)
             return
         log.info("volume %s: verified: %s", here.name, outcome.sentence)

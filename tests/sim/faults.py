@@ -682,5 +682,9 @@ MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "fence-slow",
     "fence-hangs",
     "clock-rate",
+    "sync",
+    "resync",
+    "receiver-killed",
+    "receiver-stuck",
 }
 """Every fault that such a run must have seen."""

@@ -41,6 +41,9 @@ class Volumes:
         self._looked = False
         self._told: ReplicaChanged | None = None
         self._next_us = 0
+        self.kill_takes_us: int | None = None
+        """A scenario's word on how long a kill takes; None: chance decides."""
+        self.look_takes_us: int | None = None
 
     # ------------------------------------------------------------- the daemon's side
 
@@ -48,7 +51,8 @@ class Volumes:
         """A new daemon looks at the volumes a moment later."""
         self._looked = False
         self._told = None
-        self._world.at(self._world.random.randrange(1_000, 400_000), self._look, self._node.life)
+        look_us = self.look_takes_us or self._world.random.randrange(1_000, 400_000)
+        self._world.at(look_us, self._look, self._node.life)
 
     def daemon_ended(self) -> None:
         """Its children die with it, at once; or the machine is off."""
@@ -111,6 +115,8 @@ class Volumes:
 
     def _kill_us(self) -> int:
         """A kill is quick, but for a process that waits for its disk."""
+        if self.kill_takes_us is not None:
+            return self.kill_takes_us
         random = self._world.random
         if random.random() < 0.05:
             self._world.fired("receiver-stuck")
