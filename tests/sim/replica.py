@@ -66,7 +66,7 @@ class Volumes:
     def tell(self) -> None:
         """Tells the engine what the volumes are, when that changed."""
         engine = self._node.engine
-        if engine is None or not self._looked:
+        if engine is None or not self._looked or not engine.state.config.replication:
             return
         epoch = engine.state.durable.epoch
         whole = self.stamp is not None and self.stamp == epoch and not self.tainted

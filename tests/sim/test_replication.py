@@ -14,7 +14,7 @@ from nfsha.core.model import Phase
 from nfsha.core.state import State
 from tests.sim.checks import SimulationError
 from tests.sim.scenarios import LOST, TraceWorld, expect
-from tests.sim.world import SECOND_US, WorldConfig
+from tests.sim.world import WorldConfig
 
 COPIED = WorldConfig(replication=True)
 MS_US = 1_000
@@ -38,7 +38,8 @@ def a_receiver_outlives_the_source(only: str | None) -> None:
 def the_newer_data_has_lost_its_journal(only: str | None) -> None:
     """L: B serves as epoch 2, its system disk is restored to epoch 1, A boots beside it.
 
-    Both journals say that A is the authority of epoch 1; only the stamps on B's volumes know better.
+    Both journals say that A is the authority of epoch 1; only the stamps of B's volumes know
+    better.
     B's look at its volumes takes a while, and all that time it must not grant.
     """
     world = TraceWorld(COPIED, only)
