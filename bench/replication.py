@@ -9,6 +9,7 @@ Needs root, 30 GiB of disk below /tmp, and about an hour with three runs at all 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -97,8 +98,7 @@ class Bench:
         nfsha.stop()
         source = lab.a.path(f"/nfs/{tree.volume}")
         make(tree, source)
-        for side in (cron, nfsha):
-            _copy(source, side.target(tree.volume))
+        _copy(source, [side.target(tree.volume) for side in (cron, nfsha)])
         os.sync()
         cron.start()
         nfsha.start()
@@ -205,10 +205,18 @@ def _facts() -> dict[str, str]:
     return facts | {"rsync": said.stdout.split()[2] if said.stdout else "unknown"}
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, targets: Sequence[Path]) -> None:
     """On this machine, while no daemon runs: everything but what a side made for itself."""
     folders = [str(one) for one in source.iterdir() if one.name.startswith("folder")]
-    subprocess.run(["cp", "-a", "-t", str(target), *folders], check=True, timeout=_COPY_S)
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for target in targets:
+            copy = stack.enter_context(subprocess.Popen(["cp", "-a", "-t", str(target), *folders]))
+            stack.callback(copy.kill)
+            copies.append(copy)
+        codes = [copy.wait(_COPY_S) for copy in copies]
+    if any(codes):
+        raise LabError(f"cp ended with {codes}")
 
 
 def _fill(scenario: str, root: Path, seed: int) -> None:

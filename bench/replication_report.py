@@ -39,7 +39,8 @@ def page(findings: Findings) -> str:
         "warm cache. The client's changes went through a real NFS server, after the kernel had "
         "dropped all names. nfsha's time is that of the whole command `nfsha sync VOLUME --wait`, "
         "its own start with it; its CPU time and memory are those of both daemons and all their "
-        "children. Cells: minimum / **median** / maximum of "
+        "children (with the daemons' start in initial copies). Cells: minimum / **median** / "
+        "maximum of "
         f"{findings.runs} run{'s' if findings.runs != 1 else ''}.",
         _facts(findings),
         "## Bars",
