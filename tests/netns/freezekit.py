@@ -8,15 +8,17 @@ left the node towards the client is on record, so a test need not trust an answe
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import selectors
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Protocol, TypeVar
 
 from nfsha.vip.freeze import DEFAULT_PORTS, Guarded
 from nfsha.vip.rtnetlink import Vip
@@ -40,6 +42,32 @@ PORTS = tuple(GUARDED.port_names())
 UNGUARDED = 7777
 _WINDOW_S = 0.7  # below the first retransmission of a SYN, so each probe is one packet
 _PACKET_ALL = 0x0003  # ETH_P_ALL
+
+
+class Shuttable(Protocol):
+    """A lease, whichever firewall carries it."""
+
+    def shut(self) -> None:
+        """Closes its sockets."""
+
+
+_Lease = TypeVar("_Lease", bound=Shuttable)
+
+
+def play(
+    node: Namespace, make: Callable[[], _Lease], body: Callable[[_Lease], Awaitable[None]]
+) -> None:
+    """Makes a lease in the node, hands it to the body, and shuts it whatever happens."""
+
+    async def start() -> None:
+        lease = make()
+        try:
+            await body(lease)
+        finally:
+            lease.shut()
+
+    with inside(node):
+        asyncio.run(start())
 
 
 def boottime_ms() -> int:

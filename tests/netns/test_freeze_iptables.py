@@ -8,6 +8,7 @@ import pytest
 
 from nfsha.vip.freeze import Guarded, LeaseVerdict
 from nfsha.vip.iptables import CHAIN_IN, CHAIN_OUT, IptablesLease
+from tests.netns import freezekit
 from tests.netns.freezekit import GUARDED, PEERS, VIPS, boottime_ms
 from tests.netns.namespaces import Namespace, inside, namespaces
 
@@ -26,15 +27,7 @@ def play(
     body: Callable[[IptablesLease], Awaitable[None]],
     guarded: Guarded = GUARDED,
 ) -> None:
-    async def start() -> None:
-        lease = IptablesLease(guarded, boottime_ms)
-        try:
-            await body(lease)
-        finally:
-            lease.shut()
-
-    with inside(node):
-        asyncio.run(start())
+    freezekit.play(node, lambda: IptablesLease(guarded, boottime_ms), body)
 
 
 def saved(node: Namespace, program: str = "iptables-legacy") -> list[str]:

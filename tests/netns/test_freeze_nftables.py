@@ -19,6 +19,7 @@ import pytest
 
 from nfsha.vip.freeze import FirewallError, Guarded, LeaseVerdict
 from nfsha.vip.nftables import LEASE_MAX_MS, LEASE_MIN_MS, TABLE, NftablesLease, ruleset
+from tests.netns import freezekit
 from tests.netns.freezekit import (
     GUARDED,
     OWN,
@@ -61,15 +62,7 @@ def play(
     clock_ms: Callable[[], int] = boottime_ms,
     guarded: Guarded = GUARDED,
 ) -> None:
-    async def start() -> None:
-        lease = NftablesLease(guarded, clock_ms)
-        try:
-            await body(lease)
-        finally:
-            lease.shut()
-
-    with inside(node):
-        asyncio.run(start())
+    freezekit.play(node, lambda: NftablesLease(guarded, clock_ms), body)
 
 
 def after_ms(duration_ms: int) -> int:

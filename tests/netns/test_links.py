@@ -11,39 +11,17 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 import pytest
 
-from nfsha.core.model import Datagram, Phase, PromiseState, Role
+from nfsha.core.model import Datagram, Role
 from nfsha.host.clock import now_ms
 from nfsha.peer import links as links_module
 from nfsha.peer.keys import Key, KeyRing
 from nfsha.peer.links import LinkCounters, Links, LinkSetupError, LinkSpec
 from nfsha.peer.wire import Wire
+from tests.datagrams import WAITING
 from tests.netns.namespaces import Namespace, connect, inside, namespaces
 
 PORT = 9850
 KEYS = KeyRing((Key(bytes(range(32))),))
-STATE = Datagram(
-    role=Role.PRIMARY,
-    session=7,
-    seq=0,
-    echo=None,
-    echo_grants=False,
-    pending=(),
-    phase=Phase.WAITING,
-    serving=False,
-    epoch=None,
-    blank=True,
-    promise=PromiseState.NONE,
-    peer_promise_held=False,
-    healthy=True,
-    whole=False,
-    service_lease=True,
-    agent_only=False,
-    interval_ms=100,
-    hold_ms=600,
-    takeover_after_ms=1000,
-    address_lease_ms=2000,
-    absence_ms=0,
-)
 
 LAN = LinkSpec("lan", "192.0.2.1", "192.0.2.2", PORT, "lan0")
 CROSS = LinkSpec("cross", "fd00::1", "fd00::2", PORT, "cross0")
@@ -58,7 +36,7 @@ class Side:
         self.namespace = namespace
         self.heard: list[tuple[str, int]] = []
         self.wire = Wire(KEYS, role)
-        self.state = dataclasses.replace(STATE, role=role)
+        self.state = dataclasses.replace(WAITING, role=role)
         self.links = Links(specs, self.wire.seal, self.wire.open, self._deliver, now_ms)
 
     async def start(self) -> None:

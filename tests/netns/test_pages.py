@@ -11,41 +11,19 @@ from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
 
-from nfsha.core.model import Datagram, Phase, PromiseState, Role
+from nfsha.core.model import Datagram, Role
 from nfsha.host.clock import now_ms
 from nfsha.peer.keys import Key, KeyRing
 from nfsha.peer.links import DRAIN_LIMIT, Links, LinkSpec
 from nfsha.peer.pages import PAGES_A_TICK, Pages, pack, unpack
 from nfsha.peer.wire import NO_DIGEST, Page, Wire
+from tests.datagrams import WAITING
 from tests.netns.namespaces import Namespace, connect, inside, namespaces
 
 PORT = 9850
 INTERVAL_S = 0.1
 KEYS = KeyRing((Key(bytes(range(32))),))
 STRANGERS = KeyRing((Key(bytes(range(1, 33))),))
-STATE = Datagram(
-    role=Role.PRIMARY,
-    session=7,
-    seq=0,
-    echo=None,
-    echo_grants=False,
-    pending=(),
-    phase=Phase.WAITING,
-    serving=False,
-    epoch=None,
-    blank=True,
-    promise=PromiseState.NONE,
-    peer_promise_held=False,
-    healthy=True,
-    whole=False,
-    service_lease=True,
-    agent_only=False,
-    interval_ms=100,
-    hold_ms=600,
-    takeover_after_ms=1000,
-    address_lease_ms=2000,
-    absence_ms=0,
-)
 SPECS = {
     Role.PRIMARY: [
         LinkSpec("lan", "192.0.2.1", "192.0.2.2", PORT, "lan0"),
@@ -67,7 +45,7 @@ class Node:
         self.got: list[bytes] = []
         self.late_ms: list[float] = []
         self.wire = Wire(KEYS, role)
-        self.state = dataclasses.replace(STATE, role=role, session=session)
+        self.state = dataclasses.replace(WAITING, role=role, session=session)
         self.links = Links(SPECS[role], self.wire.seal, self.wire.open, self._heard, now_ms)
         self.pages = Pages(
             self.wire.seal_page,

@@ -15,6 +15,7 @@ from nfsha.core.model import MAX_PENDING, Datagram, Echo, Epoch, Phase, PromiseS
 from nfsha.peer import keys, wire
 from nfsha.peer.keys import Key, KeyRing
 from nfsha.peer.wire import Forged, Malformed, OtherVersion, OwnRole, Refusal, Refused, Wire
+from tests.datagrams import SERVING
 
 OURS = Key(bytes(range(32)))
 NEXT = Key(bytes(range(1, 33)))
@@ -52,30 +53,6 @@ datagrams = st.builds(
     known_number=u64,
 )
 
-TYPICAL = Datagram(
-    role=Role.PRIMARY,
-    session=0x0123456789ABCDEF,
-    seq=77,
-    echo=Echo(0xFEDCBA9876543210, 78),
-    echo_grants=True,
-    pending=(),
-    phase=Phase.ACTIVE,
-    serving=True,
-    epoch=Epoch(3, "00112233445566ff", Role.PRIMARY),
-    blank=False,
-    promise=PromiseState.NONE,
-    peer_promise_held=False,
-    healthy=True,
-    whole=True,
-    service_lease=True,
-    agent_only=False,
-    interval_ms=100,
-    hold_ms=600,
-    takeover_after_ms=1000,
-    address_lease_ms=2000,
-    absence_ms=0,
-    known_number=4,
-)
 
 GOLDEN = (
     "6e667368" "02" "00" "630dcd29"  # magic, version, role, key hint
@@ -95,7 +72,7 @@ def resealed(envelope_and_payload: bytes, key: Key = OURS) -> bytes:
     return envelope_and_payload + seal
 
 
-def unsealed(datagram: Datagram = TYPICAL) -> bytearray:
+def unsealed(datagram: Datagram = SERVING) -> bytearray:
     return bytearray(primary.seal(datagram)[:-32])
 
 
@@ -120,27 +97,27 @@ def test_each_field_is_on_the_wire(field: str) -> None:
     if field in changes:
         change = {field: changes[field]}
     else:
-        old = getattr(TYPICAL, field)
+        old = getattr(SERVING, field)
         change = {field: not old if isinstance(old, bool) else old + 1}
-    other = dataclasses.replace(TYPICAL, **change)
+    other = dataclasses.replace(SERVING, **change)
     assert standby.open(primary.seal(other)) == other
-    assert primary.seal(other) != primary.seal(TYPICAL)
+    assert primary.seal(other) != primary.seal(SERVING)
 
 
 def test_each_member_of_each_enum_has_a_code() -> None:
-    said = [dataclasses.replace(TYPICAL, phase=phase) for phase in Phase]
-    said += [dataclasses.replace(TYPICAL, promise=promise) for promise in PromiseState]
-    said += [dataclasses.replace(TYPICAL, epoch=Epoch(1, "0" * 16, role)) for role in Role]
+    said = [dataclasses.replace(SERVING, phase=phase) for phase in Phase]
+    said += [dataclasses.replace(SERVING, promise=promise) for promise in PromiseState]
+    said += [dataclasses.replace(SERVING, epoch=Epoch(1, "0" * 16, role)) for role in Role]
     assert [wire.decode(Role.PRIMARY, wire.encode(each)) for each in said] == said
 
 
 def test_the_bytes_of_version_2_stay_what_they_are() -> None:
     """Two nodes of different releases meet during an upgrade: this must not change by accident."""
-    assert primary.seal(TYPICAL).hex() == GOLDEN
+    assert primary.seal(SERVING).hex() == GOLDEN
 
 
 def test_even_the_largest_datagram_is_small() -> None:
-    largest = dataclasses.replace(TYPICAL, pending=(Echo(1, 1),) * MAX_PENDING)
+    largest = dataclasses.replace(SERVING, pending=(Echo(1, 1),) * MAX_PENDING)
     assert len(primary.seal(largest)) <= 256
 
 
@@ -201,7 +178,7 @@ def test_a_truncated_datagram_is_refused(datagram: Datagram, data: st.DataObject
 @given(st.binary(min_size=1, max_size=50))
 def test_trailing_bytes_are_refused(more: bytes) -> None:
     with pytest.raises(Forged):
-        standby.open(primary.seal(TYPICAL) + more)
+        standby.open(primary.seal(SERVING) + more)
     with pytest.raises(Malformed, match="exactly"):
         standby.open(resealed(bytes(unsealed()) + more))
 
@@ -223,17 +200,17 @@ def test_keys_rotate_without_a_gap() -> None:
     steps = [(OURS,), (OURS, NEXT), (NEXT, OURS), (NEXT,)]
     for index, here in enumerate(steps):
         for there in steps[max(0, index - 1) : index + 2]:
-            sealed = Wire(KeyRing(here), Role.PRIMARY).seal(TYPICAL)
-            assert Wire(KeyRing(there), Role.STANDBY).open(sealed) == TYPICAL
+            sealed = Wire(KeyRing(here), Role.PRIMARY).seal(SERVING)
+            assert Wire(KeyRing(there), Role.STANDBY).open(sealed) == SERVING
 
 
 def test_new_keys_can_be_taken_while_running() -> None:
     receiver = Wire(KeyRing((OURS,)), Role.STANDBY)
-    sealed = Wire(KeyRing((NEXT,)), Role.PRIMARY).seal(TYPICAL)
+    sealed = Wire(KeyRing((NEXT,)), Role.PRIMARY).seal(SERVING)
     with pytest.raises(Forged):
         receiver.open(sealed)
     receiver.use(KeyRing((OURS, NEXT)))
-    assert receiver.open(sealed) == TYPICAL
+    assert receiver.open(sealed) == SERVING
 
 
 def test_another_version_of_the_real_peer_is_told_from_a_forged_one() -> None:
@@ -243,12 +220,12 @@ def test_another_version_of_the_real_peer_is_told_from_a_forged_one() -> None:
         standby.open(resealed(bytes(plain)))
     assert caught.value.kind is Refusal.OTHER_VERSION
     with pytest.raises(Forged):
-        standby.open(bytes(plain) + primary.seal(TYPICAL)[-32:])
+        standby.open(bytes(plain) + primary.seal(SERVING)[-32:])
 
 
 def test_a_datagram_of_the_same_role_is_told() -> None:
     with pytest.raises(OwnRole, match="role is primary too"):
-        primary.open(primary.seal(TYPICAL))
+        primary.open(primary.seal(SERVING))
 
 
 @pytest.mark.parametrize(
@@ -278,14 +255,14 @@ def test_sealed_nonsense_is_malformed_with_a_reason(offset: int, value: bytes, w
 @pytest.mark.parametrize("absent", ["echo", "epoch"])
 def test_what_is_absent_carries_nothing(absent: str) -> None:
     without: dict[str, Any] = {absent: None}
-    plain = unsealed(dataclasses.replace(TYPICAL, **without))
+    plain = unsealed(dataclasses.replace(SERVING, **without))
     plain[40 if absent == "echo" else 50] = 1
     with pytest.raises(Malformed, match=f"an {absent} that says it is absent"):
         standby.open(resealed(bytes(plain)))
 
 
 def test_a_pending_session_of_0_is_malformed() -> None:
-    plain = unsealed(dataclasses.replace(TYPICAL, pending=(Echo(1, 2), Echo(3, 4))))
+    plain = unsealed(dataclasses.replace(SERVING, pending=(Echo(1, 2), Echo(3, 4))))
     plain[-16:-8] = bytes(8)
     with pytest.raises(Malformed, match="a pending session 0"):
         standby.open(resealed(bytes(plain)))
@@ -309,11 +286,11 @@ def test_a_pending_session_of_0_is_malformed() -> None:
 )
 def test_what_cannot_be_said_is_not_sealed(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
-        primary.seal(dataclasses.replace(TYPICAL, **change))
+        primary.seal(dataclasses.replace(SERVING, **change))
 
 
 def test_the_seal_is_plain_hmac_sha256() -> None:
     """So that any tool can check it: RFC 2104 with FIPS 180-4, over all bytes before it."""
-    sealed = primary.seal(TYPICAL)
+    sealed = primary.seal(SERVING)
     assert sealed == resealed(sealed[:-32])
     assert sealed[6:10] == hashlib.sha256(OURS.secret).digest()[: keys.HINT_BYTES]
