@@ -66,6 +66,10 @@ _SAME: Final = (
     "--no-human-readable",
 )
 
+# A partial file whose original is gone would stay for ever, for rsync protects its folder. In these
+# runs it is hidden there and may be deleted here, after the run that could have used it.
+_OLD_PARTS: Final = tuple(f"--filter={kind} {PARTIAL_NAME.decode()}/" for kind in "HR")
+
 
 @dataclass(frozen=True, slots=True)
 class Course:
@@ -85,7 +89,7 @@ class Course:
     def plan(self) -> list[str]:
         """Compares, and names what would be done. Changes nothing."""
         missing = () if self.list_path is None else ("--delete-missing-args",)
-        says = ("-n", "--delete", *missing, "--out-format=%i %n", "--info=stats2")
+        says = ("-n", "--delete", *missing, "--out-format=%i %n", "--info=stats2", *_OLD_PARTS)
         return self._line(*says, *self._reads(), *self._scope(self.list_path))
 
     def copy(self, *, make_way: int, bandwidth_kib_s: int | None, aside: bool = True) -> list[str]:
@@ -114,6 +118,7 @@ class Course:
         """
         nothing = () if deletions is None else ("--delete-after", f"--max-delete={deletions}")
         says = ("--existing", "--ignore-existing", *nothing, *self._kept(), "--info=stats2")
+        says += _OLD_PARTS
         return self._line(*says, *self._scope(list_path))
 
     def _reads(self) -> tuple[str, ...]:
@@ -141,13 +146,18 @@ def _session(source: From, timeout_s: int, connect_timeout_s: int) -> tuple[str,
     return (f"--timeout={timeout_s}", f"--contimeout={connect_timeout_s}", *bind)
 
 
+# The root by its name would come with its contents. But rsync sends the folders on the way to a
+# name, without contents, and then leaves out this name itself, because it is excluded.
+_ONLY_THE_ROOT: Final = OWN_ROOT_NAMES[0]
+
+
 def folder_list(contents: Iterable[bytes], themselves: Iterable[bytes] = ()) -> bytes:
     """The list that rsync reads with --from0: folders with their contents, others without.
 
     `./` stands first, because rsync takes names that begin with `#` or `;` for remarks.
     """
     lines = [_listed(name) for name in contents]
-    lines += [b"./" + name for name in themselves]
+    lines += [b"./" + (_ONLY_THE_ROOT if name == b"." else name) for name in themselves]
     return b"".join(line + b"\0" for line in lines)
 
 

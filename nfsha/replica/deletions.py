@@ -106,6 +106,8 @@ class PlanReader:
         """Existing folders whose own attributes differ."""
         self.parents: set[bytes] = set()
         """Folders that stay, in which something would be deleted."""
+        self.old_parts = 0
+        """Deletions of partial files that nothing needs; they are not in the plan."""
         self.rest = Tail()
         """What is not an item: the counts, and rsync's remarks."""
         self._names: list[bytes] = []
@@ -154,15 +156,23 @@ class PlanReader:
             self._bound()
 
     def _deletion(self, name: bytes) -> None:
+        path = name.rstrip(b"/")
+        parts = path.split(b"/")
+        if PARTIAL_NAME in parts:
+            self.old_parts += 1
+            self._parent(b"/".join(parts[: parts.index(PARTIAL_NAME)]))
+            return
         # The same name may come twice: with a listed folder that is gone, and with its parent.
         self._digests += hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
         self._digests += _kind(name)
         if len(self._names) < MAX_NAMES:
             self._names.append(name)
+        self.parents.discard(path)  # rsync names what is in a folder before the folder
+        self._parent(b"/".join(parts[:-1]))
+
+    def _parent(self, path: bytes) -> None:
         if not self._too_many_folders:
-            path = name.rstrip(b"/")
-            self.parents.discard(path)  # rsync names what is in a folder before the folder
-            self.parents.add(path.rpartition(b"/")[0] or b".")
+            self.parents.add(path or b".")
             self._bound()
 
     def _bound(self) -> None:

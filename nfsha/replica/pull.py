@@ -309,8 +309,8 @@ class Pull:
             plan = await asyncio.to_thread(reader.finish)
             self._plan = plan if plan.count else None
             held = await asyncio.to_thread(self._ruling)
-            may_delete = bool(plan.count) and not held
-        ceiling = self._ceiling if may_delete else 0
+            may_delete = bool(plan.count or reader.old_parts) and not held
+        ceiling = min(self._ceiling + reader.old_parts, _INT_MAX) if may_delete else 0
         if reader.copies:
             copied = await self._copy(
                 course, total_bytes=run.stats.transferred_bytes, make_way=ceiling
@@ -394,7 +394,7 @@ class Pull:
             run = await self._rsync("settle", argv, rest.add, rest)
         self._tally.add(run)
         if run.stats is not None:
-            self._tally.deletions += run.stats.deleted
+            self._tally.deletions += max(0, run.stats.deleted - reader.old_parts)
 
     async def _rsync(
         self,
@@ -499,7 +499,7 @@ class Pull:
     def _ceiling(self) -> int:
         """At most so many deletions in one run: what is allowed, or what was accepted."""
         planned = 0 if self._plan is None else self._plan.count
-        return min(max(planned, self.request.limits.allowed), _INT_MAX)
+        return max(planned, self.request.limits.allowed)
 
     @property
     def _worst(self) -> Ending:

@@ -36,7 +36,7 @@ from tests.netns.volumekit import LoopVolume, make_volume
 
 __all__ = ["make_volume"]
 
-LARGE_BYTES = 4 << 20
+LARGE_BYTES = 5 << 19
 SLOW: dict[str, Any] = {"bandwidth_kib_s": 1000}
 
 
@@ -76,7 +76,7 @@ async def when_copying(one: Pull) -> int:
     for _ in range(500):
         child = one._child
         if child is not None and child.name.startswith("copy-"):
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(0.5)
             return child.pid
         await asyncio.sleep(0.01)
     raise AssertionError("nothing is copied")

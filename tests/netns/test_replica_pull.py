@@ -543,6 +543,62 @@ def test_the_cron_rsync_would_have_wiped_it(pair: Pair) -> None:
     assert list(pair.target.iterdir()) == []
 
 
+def test_deletions_are_in_the_planned_folders_only(pair: Pair) -> None:
+    """Also when the root's own attributes differ: it is set right without a look into it."""
+    for name in ("a/gone", "a/keep", "gone", "b/gone"):
+        write(pair.source / name)
+    pair.first()
+    for name in ("a/gone", "gone", "b/gone"):
+        (pair.source / name).unlink()
+    pair.source.chmod(0o750)
+    (pair.source / "b").chmod(0o750)
+    outcome = pair.listed(b"a")
+    assert (outcome.verdict, outcome.deletions) == (Verdict.COMPLETE, 1)
+    assert stat.S_IMODE(pair.target.stat().st_mode) == 0o750
+    assert (pair.target / "gone").exists()
+    write(pair.source / "gone")
+    outcome = pair.full()
+    assert (outcome.verdict, outcome.deletions) == (Verdict.COMPLETE, 1)
+    assert pair.differences() == []
+
+
+def test_the_root_s_attributes_alone_are_set_right(pair: Pair) -> None:
+    write(pair.source / "a" / "file")
+    pair.first()
+    for folders in (None, (b".",), (b"a",)):
+        os.utime(pair.source, ns=(1, pair.source.stat().st_mtime_ns + 1))
+        write(pair.source / "a" / "file", "x")
+        assert pair.any_pass(folders=folders).verdict is Verdict.COMPLETE
+        assert pair.source.stat().st_mtime_ns == pair.target.stat().st_mtime_ns
+    os.utime(pair.source, ns=(1, 1))
+    outcome, stages = stages_of(pair)
+    assert outcome.sentence == "data: nothing but attributes differed"
+    assert Stage.COPY not in stages
+    assert pair.target.stat().st_mtime_ns == 1
+
+
+def test_partial_files_that_nothing_needs_are_deleted_and_are_in_no_plan(pair: Pair) -> None:
+    write(pair.source / "a" / "file")
+    write(pair.source / "b" / "file")
+    write(pair.source / "keep")
+    write(pair.source / ".nfsha-partial" / "of the source")
+    pair.first()
+    for folder in (".", "a", "b"):
+        write(pair.target / folder / ".nfsha-partial" / "old")
+    (pair.source / "b" / "file").unlink()
+    outcome = pair.listed(b"b")
+    assert (outcome.deletions, outcome.plan and outcome.plan.names) == (1, (b"b/file",))
+    assert not (pair.target / "b" / ".nfsha-partial").exists()
+    outcome = pair.full()
+    assert (outcome.verdict, outcome.deletions, outcome.plan) == (Verdict.COMPLETE, 0, None)
+    assert not list(pair.target.rglob(".nfsha-partial"))
+    assert pair.full().sentence == "data: nothing differed"
+    write(pair.target / "a" / ".nfsha-partial" / "old")
+    shutil.rmtree(pair.source / "a")
+    assert pair.full().verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
 # --- a resync keeps what it overwrites and deletes -----------------------------------------------
 
 

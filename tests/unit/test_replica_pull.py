@@ -89,7 +89,7 @@ def test_addresses() -> None:
 
 def test_lists() -> None:
     assert folder_list([b".", b"a/b", b"#odd\n/"]) == b"./\0./a/b/\0./#odd\n/\0"
-    assert folder_list([b"a"], [b".", b"b"]) == b"./a/\0./.\0./b\0"
+    assert folder_list([b"a"], [b".", b"b"]) == b"./a/\0./.nfsha-volume\0./b\0"
 
 
 def test_fetching_takes_the_named_files_only() -> None:
