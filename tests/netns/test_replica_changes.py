@@ -106,8 +106,10 @@ def volume(request: pytest.FixtureRequest) -> Iterator[LoopVolume]:
 
 
 @pytest.fixture(autouse=True)
-def notes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_second_chances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes are written at once, and no path is looked up again without a reason."""
     monkeypatch.setattr(changes, "NOTES_EVERY_MS", 0)
+    monkeypatch.setattr(ledger, "_LOOKED_AT_AGAIN", 0)
 
 
 @pytest.fixture
@@ -214,6 +216,33 @@ def test_a_folder_changed_before_a_folder_above_was_renamed(
     assert watched.walks() == {}
 
 
+def test_paths_in_a_long_list_stay_right(volume: LoopVolume, watch: Watch) -> None:
+    """What is never acknowledged is not looked up again but where folders come and go."""
+    busy = Busy(volume.path, 11)
+    watched = watch(volume.path)
+    for _ in range(40):
+        busy.go(15)
+        told = {os.fsdecode(path) for path, _ in watched.publish().folders}
+        assert {path for path in told if not (volume.path / path).is_dir()} == set()
+        standing = {str(one.relative_to(volume.path)) for one in busy.standing()}
+        assert standing - {"."} <= told | {"."}
+    assert watched.walks() == {}
+
+
+def test_a_folder_replaced_by_another(volume: LoopVolume, watch: Watch) -> None:
+    (volume.path / "a").mkdir()
+    (volume.path / "b").mkdir()
+    watched = watch(volume.path)
+    (volume.path / "a/x").touch()
+    (volume.path / "b/x").touch()
+    watched.publish()
+    (volume.path / "b/x").unlink()
+    (volume.path / "a").rename(volume.path / "b")  # over the empty one
+    watched.publish()
+    (volume.path / "b").rename(volume.path / "c")
+    assert watched.take() == {".", "c"}
+
+
 def test_two_folders_that_change_places(volume: LoopVolume, watch: Watch) -> None:
     root = volume.path
     (root / "a/in-a").mkdir(parents=True)
@@ -290,7 +319,10 @@ def test_a_folder_hidden_under_a_mount_is_not_listed(volume: LoopVolume, watch: 
     assert watched.walks() == {}
 
 
-def test_a_folder_that_is_covered_later_leaves_the_list(volume: LoopVolume, watch: Watch) -> None:
+def test_a_folder_that_is_covered_later_leaves_the_list(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_LOOKED_AT_AGAIN", 1)
     (volume.path / "place/folder").mkdir(parents=True)
     watched = watch(volume.path)
     (volume.path / "place/folder/file").write_text("1")
@@ -843,6 +875,10 @@ class Busy:
                  self.move, self.move_folder, self.remove, self.remove_folder, self.meta]
             )  # fmt: skip
             step()
+
+    def standing(self) -> list[Path]:
+        """The folders that have something in them now (so they changed since it began)."""
+        return [one for one in self.folders if one.is_dir() and any(one.iterdir())]
 
     def name(self) -> str:
         self.number += 1
