@@ -90,8 +90,8 @@ def test_the_bytes_of_a_page_of_version_2_stay_what_they_are() -> None:
     assert primary.seal_page(LAST).hex() == (
         "6e667368" "02" "10" "630dcd29"  # magic, version, kind and role, key hint
         "0123456789abcdef" "fedcba9876543210" "0000000000000007"  # sessions, counter
-        "4d0f5e414bfcf9ca29c676b1f24e5934" "dddb5914a8e7b1d56b9b81f70e99daf0"  # have, digest
-        "" "" ""  # pages, number, chunk
+        "00000000000000000000000000000000" "000102030405060708090a0b0c0d0e0f"  # have, digest
+        "0002" "0001" "6c617374"  # pages, number, chunk
         + hmac.new(
             OURS.secret,
             primary.seal_page(LAST)[:-32],
