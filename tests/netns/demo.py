@@ -1,8 +1,9 @@
 """`make demo`: a pair of servers in namespaces, a power cut, and what both nodes made of it.
 
 It tells only what it has seen: decisions from the event logs of the daemons, addresses from the
-kernel's events, answers from the frames at the switch. What the summary claims is checked first
-(`untrue`): a demo that is not so ends with exit code 1 and says what was not.
+kernel's events, answers from the frames at the switch, equal trees from a walk that is no rsync.
+What the summary claims is checked first (`untrue`): a demo that is not so ends with exit code 1 and
+says what was not.
 
 Exit codes: 0 all was so; 1 something was not, or the lab could not be built; 130 after ^C.
 """
@@ -10,17 +11,22 @@ Exit codes: 0 all was so; 1 something was not, or the lab could not be built; 13
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from tests.netns.copies import Copies
 from tests.netns.lab import Lab, require_root
 from tests.netns.labkit import registry
 from tests.netns.labkit.network import PLACES, VIP
@@ -28,8 +34,9 @@ from tests.netns.labkit.nfs_client import RECORD_BYTES
 from tests.netns.labkit.observe import Observations
 from tests.netns.labkit.place import LabError
 from tests.netns.labkit.prober import NullProber
-from tests.netns.labkit.records import Records
-from tests.netns.pair import Event, Pair
+from tests.netns.labkit.records import Records, RecordWriter
+from tests.netns.pair import Event
+from tests.netns.treewalk import make_odd_tree
 
 WIDTH = 79
 NAMES = {"a": "primary", "b": "standby"}
@@ -38,19 +45,36 @@ RECORDS = 100
 """So many acknowledged records are waited for before and after each act."""
 
 _INTERVAL_MS = 10
-_PATIENCE_S = 10.0
+_VOLUME_MIB = 512
+"""Smaller ones get blocks of 1 KiB from mkfs, too small for the extended attributes."""
+_PATIENCE_S = 30.0
 _SILENCE_S = 1.0
 """A port that neither answers nor refuses for so long is closed silently."""
 _LEFT_S = 5.0
+_WINDOW = re.compile(r"takeover: (volume data: writes of the last ([0-9.]+) s may be missing.*)")
+_ROUNDED_MS = 50
+"""The log rounds the window to tenths of a second."""
 
 
 # --------------------------------------------------------------------------- what is claimed
 
 
 @dataclass(frozen=True)
+class Copied:
+    """What a pass did, and how the two volumes compared after it."""
+
+    entries: int
+    size_bytes: int
+    took_ms: int
+    differs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What was measured. Times are milliseconds after the power cut."""
 
+    first: Copied
+    """The standby's first pass."""
     decided_ms: int
     served_ms: int
     first_answer_ms: float
@@ -60,12 +84,22 @@ class Outcome:
     answer_overlap_ms: float
     by_primary: frozenset[int]
     """Records that the primary had acknowledged before the power cut."""
+    before_window: frozenset[int]
+    """Of these, what was acknowledged before the window of the standby's log began."""
+    window_ms: int
+    """The newest writes that may be missing, as the standby's log said at the takeover."""
     by_standby: frozenset[int]
     """Records that the standby has acknowledged since."""
     read_back: frozenset[int]
     """What a new connection through the VIP found at the end."""
     on_primary_disk: frozenset[int]
-    """What lies on the old primary's own disk."""
+    """What lay on the old primary's own disk when it had booted."""
+    quarantined: frozenset[int]
+    """What is in its quarantine since its resync."""
+    resync_ms: int
+    """Time from RETURNED to PASSIVE."""
+    differs: tuple[str, ...]
+    """What differs between the two volumes at the end."""
     stale: int
     """Writes that were under way at the power cut and failed."""
     failed: int
@@ -83,13 +117,21 @@ class Outcome:
 
 
 CLAIMS: tuple[tuple[Callable[[Outcome], bool], str], ...] = (
+    (lambda o: not o.first.differs, "the first pass left the two volumes unequal"),
     (
         lambda o: 0 < o.decided_ms <= o.served_ms <= o.first_answer_ms,
         "the standby decided, served and answered out of order",
     ),
     (lambda o: o.holder_overlap_ms == 0.0, "two nodes held the VIP at once"),
     (lambda o: o.answer_overlap_ms == 0.0, "the old node answered after the new one had begun"),
-    (lambda o: len(o.by_primary) >= RECORDS, "the primary acknowledged too few records"),
+    (
+        lambda o: len(o.before_window) >= RECORDS,
+        "too few records were acknowledged before the window of the log",
+    ),
+    (
+        lambda o: o.before_window <= o.read_back,
+        "records from before the window of the log are missing on the standby",
+    ),
     (lambda o: len(o.by_standby) >= 2 * RECORDS, "the standby acknowledged too few records"),
     (
         lambda o: o.by_standby <= o.read_back,
@@ -99,6 +141,11 @@ CLAIMS: tuple[tuple[Callable[[Outcome], bool], str], ...] = (
         lambda o: o.by_primary <= o.on_primary_disk,
         "records that the primary had acknowledged are not on its disk",
     ),
+    (
+        lambda o: o.by_primary <= o.read_back | o.quarantined,
+        "acknowledged records are neither on the standby nor in the old primary's quarantine",
+    ),
+    (lambda o: not o.differs, "at the end the two volumes are not equal"),
     (lambda o: o.stale <= 1, "more writes failed at the move than the one that was under way"),
     (lambda o: o.failed == 0, "writes of the client failed"),
     (lambda o: o.holders == {"standby"}, "at the end the standby is not the one holder of the VIP"),
@@ -118,8 +165,10 @@ def untrue(outcome: Outcome) -> list[str]:
 
 def summary(o: Outcome) -> list[tuple[str, str]]:
     """The closing table: what, and how it was."""
-    lost = len(o.by_primary & o.read_back)
+    in_window = o.by_primary - o.before_window
+    missing = o.by_primary - o.read_back
     return [
+        (f"first pass of the standby ({_amount(o.first)})", f"{o.first.took_ms} ms"),
         ("takeover decided after the power cut", f"{o.decided_ms} ms"),
         ("from the decision to the first NFS answer", f"{o.first_answer_ms - o.decided_ms:.0f} ms"),
         ("outage for new connections (RPC NULL each 5 ms)", f"{o.outage_ms:.0f} ms"),
@@ -127,18 +176,24 @@ def summary(o: Outcome) -> list[tuple[str, str]]:
         ("longest stall while the old primary came back", f"{o.return_stall_ms:.0f} ms"),
         ("time in which two nodes held the VIP", f"{o.holder_overlap_ms:.1f} ms"),
         ("time in which two nodes answered NFS for it", f"{o.answer_overlap_ms:.1f} ms"),
-        (
-            "records acknowledged by the standby / read back",
-            f"{len(o.by_standby)} / {len(o.by_standby & o.read_back)}",
-        ),
-        (
-            "records acknowledged by the primary / on its disk",
-            f"{len(o.by_primary)} / {len(o.by_primary & o.on_primary_disk)}",
-        ),
-        ("    of these on the standby (nobody copied them)", f"{lost}"),
+        ("window of writes that may be missing, by the standby's log", f"{o.window_ms} ms"),
+        ("records acknowledged before it / on the standby", _part(o.before_window, o.read_back)),
+        ("records acknowledged in it / on the standby", _part(in_window, o.read_back)),
+        ("    missing there / in the old primary's quarantine", _part(missing, o.quarantined)),
+        ("records acknowledged by the standby / read back", _part(o.by_standby, o.read_back)),
         ("writes under way at the power cut that failed", f"{o.stale}"),
-        ("the old primary after its boot", f"{o.returned_by[-1]}, ports closed"),
+        ("the old primary, from RETURNED to PASSIVE", f"{o.resync_ms} ms"),
+        ("the old primary at the end, its ports closed", o.returned_by[-1]),
+        ("differences between the two volumes at the end", f"{len(o.differs)}"),
     ]
+
+
+def _part(records: frozenset[int], found: frozenset[int]) -> str:
+    return f"{len(records)} / {len(records & found)}"
+
+
+def _amount(copied: Copied) -> str:
+    return f"{copied.entries:,} entries, {copied.size_bytes / 1e6:.0f} MB"
 
 
 # --------------------------------------------------------------------------- how it is told
@@ -166,10 +221,12 @@ class Paper:
         """A paragraph, wrapped."""
         self.line(textwrap.fill(" ".join(text.split()), WIDTH))
 
-    def block(self, text: str) -> None:
-        """What a file or a command says, set off."""
+    def block(self, text: str, hang: int = 0) -> None:
+        """What a file or a command says, set off; the rest of a long line hangs so far in."""
         for one in text.splitlines():
-            self.line(f"    {one}".rstrip())
+            indent = " " * max(4 + hang, 4 + len(one) - len(one.lstrip()))
+            wrapped = textwrap.fill(f"    {one}", WIDTH, subsequent_indent=indent)
+            self.line(wrapped.rstrip())
 
     def moment(self, at_ms: float, who: str, text: str, row: str = "") -> None:
         """Something that happened: when, who, what."""
@@ -183,7 +240,7 @@ class Paper:
 
     def result(self, what: str, how: str) -> None:
         """One row of the summary."""
-        self.line(f"  {what:<52}{self._styled('1', f'{how:>20}')}")
+        self.line(f"  {what:<58}{self._styled('1', f'{how:>14}')}")
 
     def good(self, text: str) -> None:
         """The verdict, when all was so."""
@@ -197,7 +254,7 @@ class Paper:
 class Teller:
     """Follows the decisions of both daemons and tells each as it happens."""
 
-    def __init__(self, pair: Pair, paper: Paper) -> None:
+    def __init__(self, pair: Copies, paper: Paper) -> None:
         self._pair = pair
         self._paper = paper
         self._told = {"a": 0, "b": 0}
@@ -255,7 +312,7 @@ def _words(event: Event) -> str:
 
 
 def config(role: str) -> str:
-    """The configuration of a node: five settings."""
+    """The configuration of a node: five settings, and passes that come quickly."""
     here, there = ("a", "b") if role == "primary" else ("b", "a")
     pairs = zip(PLACES[here].all(), PLACES[there].all(), strict=True)
     links = "".join(f'    {{ local = "{x.ipv4}", peer = "{y.ipv4}" }},\n' for x, y in pairs)
@@ -265,7 +322,17 @@ def config(role: str) -> str:
         f'vip = "{VIP}"\n'
         'witness = "gateway"\n'
         f"links = [\n{links}]\n"
+        "[sync]\n"
+        'every = "3s"\n'
+        'jitter = "0s"\n'
     )
+
+
+def records_in(file: Path) -> frozenset[int]:
+    """Numbers of the records in a file of the client."""
+    content = file.read_bytes()
+    lines = (content[at : at + RECORD_BYTES] for at in range(0, len(content), RECORD_BYTES))
+    return frozenset(int(line.split()[0]) for line in lines if line.strip(b"\0"))
 
 
 class Demo:
@@ -274,20 +341,24 @@ class Demo:
     def __init__(self, lab: Lab, paper: Paper) -> None:
         self.lab = lab
         self.paper = paper
-        self.pair = Pair(lab)
+        self.pair = Copies(lab)
         self.teller = Teller(self.pair, paper)
         self.prober: NullProber | None = None
         self.dead_ns = 0
         self.booted_ns = 0
+        self.window_ms = 0
+        self.on_primary_disk: frozenset[int] = frozenset()
 
     def play(self) -> Outcome:
         """Everything; returns what was measured. Raises LabError when an act fails."""
         self.configure()
         self.start()
-        before = self.power_cut()
+        first = self.first_pass()
+        before = self.power_cut(self.copied_while_written())
         self.read_back(before)
-        after = self.old_primary_returns(len(before.attempts) + 1)
-        return self.outcome(before, after)
+        after = self.old_primary_returns(before)
+        self.all_is_equal_again(before, after)
+        return self.outcome(first, before, after)
 
     def configure(self) -> None:
         """Writes both files and shows one, as it is on the node."""
@@ -297,12 +368,20 @@ class Demo:
         self.paper.block(self.lab.a.path("/etc/nfsha/nfsha.toml").read_text())
         self.paper.text(
             'On the standby `role` is "standby", and `local` and `peer` change places. Both have '
-            "the same key, with which every heartbeat is sealed."
+            "the same key, with which every heartbeat is sealed. Without [sync] there is a pass "
+            "each 30 s; the demo is in a hurry."
         )
 
     def start(self) -> None:
-        """Starts both daemons; shows what each decided and the top of its status."""
-        self.paper.heading("2. Both daemons start; no node serves before it has heard the other")
+        """Starts both daemons on a volume with data and an empty one; tells until both are fit."""
+        self.paper.heading("2. Both daemons start; the standby copies what the primary has")
+        make_odd_tree(self.pair.here("a") / "odd")
+        self.paper.text(
+            "The primary's volume holds everything odd: hard links, holes, ACLs, devices, names "
+            "that are no text. The standby's is empty. No node serves before it has heard the "
+            "other, and none is a whole replica before a complete pass."
+        )
+        self.paper.line()
         self.teller.begin(self.pair.now_ms())
         self.pair.start()
         self.teller.until(
@@ -311,28 +390,76 @@ class Demo:
             stays=False,
         )
         self.lab.wait_holder("a")
+
+    def first_pass(self) -> Copied:
+        """What the standby's first pass did; whether the volumes are equal; both statuses."""
+        mark = self._mark("b")
+        differs = tuple(self.pair.differences())
+        copied = Copied(mark["files"], mark["bytes"], mark["duration_ms"], differs)
+        self.paper.line()
+        self.paper.text(
+            f"The first pass: {_amount(copied)}, in {copied.took_ms} ms. The demo walks both "
+            "volumes by itself and compares type, owner, mode, times, contents, attributes, ACLs, "
+            f"hard links and holes: {_told(differs)}."
+        )
         for name in NAMES:
             self.paper.line()
             self._show_status(name)
+        return copied
+
+    def _mark(self, name: str) -> dict[str, Any]:
+        """The last complete pass, as a node shows it."""
+        mark = self.pair.mark(name)
+        if mark is None:
+            raise LabError(f"the {NAMES[name]} knows of no complete pass")
+        return mark
+
+    def _wait_pass(self, name: str, since_ns: int) -> dict[str, Any]:
+        """Waits for a complete pass that began since a time (CLOCK_BOOTTIME) and returns it."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._began_ns(mark := self._mark(name)) <= since_ns:
+            if time.monotonic() > deadline:
+                raise LabError(f"no complete pass on the {NAMES[name]} within {_PATIENCE_S:.0f} s")
+            time.sleep(0.05)
+        return mark
+
+    def _began_ns(self, mark: dict[str, Any]) -> int:
+        """When a pass began, by CLOCK_BOOTTIME; a mark has the wall clock."""
+        return int(mark["started_ns"]) - time.time_ns() + self.lab.now_ns()
 
     def _show_status(self, name: str) -> None:
-        """`nfsha status`, down to the line about the ports."""
+        """`nfsha status`, down to the line about the ports, and what it says of the copy."""
         lines = self.lab.node(name).nfsha("status").stdout.splitlines()
-        last = next((n for n, line in enumerate(lines) if line.startswith("NFS ports")), 8)
-        self.paper.block("\n".join([f"{NAMES[name]}$ nfsha status", *lines[: last + 1], "..."]))
+        ports = next((n for n, line in enumerate(lines) if line.startswith("NFS ports")), 8)
+        copy = next((n for n, line in enumerate(lines) if line.startswith("replication")), ports)
+        end = next((n for n in range(copy + 1, len(lines)) if lines[n][:1] != " "), len(lines))
+        shown = [*lines[: ports + 1], "...", *lines[copy:end], "..."]
+        self.paper.block("\n".join([f"{NAMES[name]}$ nfsha status", *shown]), hang=13)
 
-    def power_cut(self) -> Records:
-        """Lets the client write, cuts the primary's power, and waits until the client goes on."""
-        self.paper.heading("3. A client mounts through the VIP and writes; then a power cut")
+    def copied_while_written(self) -> RecordWriter:
+        """Lets the client write until a pass has copied enough, and asks the standby's disk."""
+        self.paper.heading("3. A client mounts through the VIP and writes; passes copy it")
         writer = self.lab.write_records(interval_ms=_INTERVAL_MS)
         self.prober = self.lab.probe()
         self.prober.wait_success()
         written = writer.wait_acked(RECORDS)
+        mark = self._wait_pass("b", written.attempts[-1].ended_ns)
+        copy = records_in(self.pair.here("b") / "records")
+        began_ns = self._began_ns(mark)
+        known = [one for one in writer.so_far().attempts if not one.error]
+        older = {one.number for one in known if one.ended_ns < began_ns}
         self.paper.text(
-            f"The client writes numbered records by path: {len(written.acked)} so far, each made "
-            "stable by the server before the next one. Times count from the power cut."
+            f"The client writes numbered records by path: {len(known)} so far, each made stable by "
+            "the server before the next one. The last complete pass on the standby began when "
+            f"{len(older)} were acknowledged, and took {mark['duration_ms']} ms. On the standby's "
+            f"disk are {len(older & copy)} of them."
         )
-        self.paper.line()
+        return writer
+
+    def power_cut(self, writer: RecordWriter) -> Records:
+        """Cuts the primary's power, and waits until the client goes on."""
+        self.paper.heading("4. A power cut; times count from here")
+        writer.wait_acked(RECORDS // 2)
         self.dead_ns = self.lab.power_cut("a")
         dead_ms = self.dead_ns // 1_000_000
         self.paper.moment(0, "primary", "silent on all wires at once, all its processes killed")
@@ -343,7 +470,25 @@ class Demo:
         writer.wait_acked(RECORDS)
         records = writer.stop()
         self._tell_wires(records)
+        self._tell_window()
         return records
+
+    def _tell_window(self) -> None:
+        """What the standby's log says of the writes that may be missing."""
+        said = _WINDOW.search(self.pair.log("b"))
+        if said is None:
+            raise LabError("the standby's log does not say which writes may be missing")
+        self.window_ms = round(1000 * float(said[2]))
+        self.paper.line()
+        idle_ms = self._served().at_ms - self.dead_ns // 1_000_000
+        self.paper.text(
+            f"The standby's log at its takeover: {said[1]}. In the last {idle_ms / 1000:.1f} s of "
+            "these nobody served."
+        )
+
+    def _served(self) -> Event:
+        """When the standby took over."""
+        return self.pair.wait_phase("b", "ACTIVE", since_ms=self.dead_ns // 1_000_000)
 
     def _tell_wires(self, records: Records) -> None:
         """What the kernel, the switch and the client saw of the takeover."""
@@ -371,14 +516,23 @@ class Demo:
 
     def read_back(self, records: Records) -> None:
         """Reads on a new connection what the client wrote, and says what is not there."""
-        self.paper.heading("4. The client reads back on a new connection")
-        read = set(self.lab.read_records())
+        self.paper.heading("5. The client reads back on a new connection")
+        read = frozenset(self.lab.read_records())
         old, new = self._by_node(records)
+        before = self._before_window(records, old)
+        for what, how in (
+            ("acknowledged by the primary before that window / read back", _part(before, read)),
+            ("acknowledged by the primary in that window / read back", _part(old - before, read)),
+            ("acknowledged by the standby / read back", _part(new, read)),
+        ):
+            self.paper.result(what, how)
+        missing = len(old - read)
+        self.paper.line()
         self.paper.text(
-            f"Acknowledged by the standby: {len(new)}, read back: {len(new & read)}. "
-            f"Acknowledged by the primary before the power cut: {len(old)}, on the standby: "
-            f"{len(old & read)}. Nobody copied them: the copy is not nfsha's business here "
-            '(replication = "off"), somebody else does it, and answers for its age.'
+            f"{missing} acknowledged records are missing: the primary died before a pass had read "
+            "them. A copy in passes can lose the newest writes; it says since when."
+            if missing
+            else "No record is missing: a pass had read the last one just before the power cut."
         )
         if any(one.stale for one in records.failed):
             self.paper.line()
@@ -388,21 +542,29 @@ class Demo:
                 "by path goes on, because both filesystems bear the same UUID."
             )
 
-    def _by_node(self, records: Records) -> tuple[set[int], set[int]]:
+    def _before_window(self, records: Records, old: frozenset[int]) -> frozenset[int]:
+        """Of the primary's records those that, by the standby's log, cannot be missing."""
+        began_ns = (self._served().at_ms - self.window_ms - _ROUNDED_MS) * 1_000_000
+        return old & {one.number for one in records.attempts if one.ended_ns < began_ns}
+
+    def _by_node(self, records: Records) -> tuple[frozenset[int], frozenset[int]]:
         """Numbers of the records that the primary, and that the standby acknowledged."""
         first_ns = self._first_answer_ns(self.lab.look())
-        old = {one.number for one in records.attempts if not one.error and one.ended_ns < first_ns}
-        return old, set(records.acked) - old
+        acked = (one for one in records.attempts if not one.error)
+        old = frozenset(one.number for one in acked if one.ended_ns < first_ns)
+        return old, frozenset(records.acked) - old
 
-    def old_primary_returns(self, first: int) -> Records:
-        """Boots the old primary while the client writes on."""
-        self.paper.heading("5. The old primary gets its power back")
+    def old_primary_returns(self, before: Records) -> Records:
+        """Boots the old primary while the client writes on; tells until it is whole again."""
+        self.paper.heading("6. The old primary gets its power back, while the client writes on")
+        first = len(before.attempts) + 1
         writer = self.lab.write_records(interval_ms=_INTERVAL_MS, first=first)
         writer.wait_acked(RECORDS // 2)
         self.booted_ns = self.lab.now_ns()
         self.lab.boot("a")
         self.teller.begin(self.booted_ns // 1_000_000)
         self.paper.moment(0, "primary", "boots; times count from here")
+        self._tell_old_disk(before)
         self.pair.start("a")
         self.teller.until(
             lambda: (
@@ -412,19 +574,45 @@ class Demo:
             stays=True,
         )
         writer.wait_acked(RECORDS)
+        return writer.stop()
+
+    def _tell_old_disk(self, before: Records) -> None:
+        """What is on the old primary's disk before its nfsha runs."""
+        old, _ = self._by_node(before)
+        self.on_primary_disk = records_in(self.pair.here("a") / "records")
+        alone = (old & self.on_primary_disk) - records_in(self.pair.here("b") / "records")
+        self.paper.moment(
+            (self.lab.now_ns() - self.booted_ns) / 1e6,
+            "its disk",
+            f"holds {len(old & self.on_primary_disk)} of the {len(old)} records that it "
+            f"acknowledged; {len(alone)} of them are nowhere else",
+        )
+
+    def all_is_equal_again(self, before: Records, after: Records) -> None:
+        """Waits for a pass with all that was written, and shows what became of the old data."""
+        self._wait_pass("a", max(one.ended_ns for one in after.attempts))
         self.paper.line()
         self._show_status("a")
-        records = writer.stop()
-        missing = len(set(self.lab.read_records()) - self._on_primary_disk())
         self.paper.line()
+        listed = self.lab.a.nfsha("quarantine", "list").stdout
+        self.paper.block("primary$ nfsha quarantine list")
+        self.paper.block(_paragraphs(listed))
+        self.paper.line()
+        quarantined = self._quarantined()
+        missing = self._by_node(before)[0] - records_in(self.pair.here("b") / "records")
         self.paper.text(
-            f"It would take over if the standby died; {missing} records that the standby has are "
-            "not on its disk. Whoever copies the data has to bring them there first: with "
-            'replication = "off" nfsha cannot know.'
+            f"In quarantine is the old primary's whole file, with {len(quarantined)} records; of "
+            f"the {len(missing)} that are missing at the VIP it has {len(missing & quarantined)}. "
+            "They are set aside, not merged and not lost. After one more pass the demo walks both "
+            f"volumes again: {_told(self.pair.differences())}."
         )
-        return records
 
-    def outcome(self, before: Records, after: Records) -> Outcome:
+    def _quarantined(self) -> frozenset[int]:
+        """Numbers of the records in the old primary's quarantine."""
+        files = (self.pair.here("a") / ".nfsha-quarantine").rglob("records")
+        return frozenset[int]().union(*map(records_in, files))
+
+    def outcome(self, first: Copied, before: Records, after: Records) -> Outcome:
         """Asks everything that the summary claims."""
         if self.prober is None:
             raise LabError("the prober does not run")
@@ -435,7 +623,6 @@ class Demo:
         old, new = self._by_node(before)
         dead_ms = self.dead_ns // 1_000_000
         decided = self.pair.wait_phase("b", "TAKEOVER", since_ms=dead_ms)
-        served = self.pair.wait_phase("b", "ACTIVE", since_ms=dead_ms)
         first_ns = self._first_answer_ns(seen)
         stale = [
             one
@@ -443,18 +630,26 @@ class Demo:
             if one.stale and one.sent_ns <= self.dead_ns <= one.ended_ns
         ]
         boot_ms = self.booted_ns // 1_000_000
+        returned = self.pair.wait_phase("a", "RETURNED", since_ms=boot_ms)
+        passive = self.pair.wait_phase("a", "PASSIVE", since_ms=boot_ms)
         return Outcome(
+            first=first,
             decided_ms=decided.at_ms - dead_ms,
-            served_ms=served.at_ms - dead_ms,
+            served_ms=self._served().at_ms - dead_ms,
             first_answer_ms=(first_ns - self.dead_ns) / 1e6,
             outage_ms=probes.outage_ms(self.dead_ns - 1_000_000_000),
             stall_ms=before.longest_stall_ms,
             holder_overlap_ms=seen.address_overlap_ms(VIP),
             answer_overlap_ms=seen.reply_overlap_ms(VIP),
-            by_primary=frozenset(old),
-            by_standby=frozenset(new | set(after.acked)),
+            by_primary=old,
+            before_window=self._before_window(before, old),
+            window_ms=self.window_ms,
+            by_standby=new | frozenset(after.acked),
             read_back=frozenset(self.lab.read_records()),
-            on_primary_disk=self._on_primary_disk(),
+            on_primary_disk=self.on_primary_disk,
+            quarantined=self._quarantined(),
+            resync_ms=passive.at_ms - returned.at_ms,
+            differs=tuple(self.pair.differences()),
             stale=len(stale),
             failed=len(before.failed) - len(stale) + len(after.failed),
             return_stall_ms=after.longest_stall_ms,
@@ -463,12 +658,6 @@ class Demo:
             touched=self._touched(seen),
             open_ports=open_ports,
         )
-
-    def _on_primary_disk(self) -> frozenset[int]:
-        """Numbers of the records in the old primary's own file."""
-        content = self.lab.a.path("/nfs/data/records").read_bytes()
-        lines = (content[at : at + RECORD_BYTES] for at in range(0, len(content), RECORD_BYTES))
-        return frozenset(int(line.split()[0]) for line in lines if line.strip(b"\0"))
 
     def _open_ports(self) -> tuple[int, ...]:
         """Which NFS ports of the old primary's own address do anything but keep silent."""
@@ -486,6 +675,17 @@ class Demo:
         answered = seen.reply_span(VIP, "a", self.booted_ns) is not None
         found = {"held it": held, "claimed it by ARP": claimed, "answered NFS for it": answered}
         return tuple(words for words, so in found.items() if so)
+
+
+def _paragraphs(text: str) -> str:
+    """The same with paragraphs, told apart by their indent, in single lines."""
+    every = itertools.groupby(text.splitlines(), lambda line: len(line) - len(line.lstrip()))
+    return "\n".join(" " * indent + " ".join(map(str.strip, lines)) for indent, lines in every)
+
+
+def _told(differs: Sequence[str]) -> str:
+    """How a comparison ended, in words."""
+    return f"{len(differs)} differences, first {differs[0]}" if differs else "no difference"
 
 
 def _speaks(address: str, port: int) -> bool:
@@ -526,7 +726,7 @@ def _heed_signals() -> None:
 
 
 def _show(paper: Paper) -> Outcome:
-    lab = Lab()
+    lab = Lab(volume_mib=_VOLUME_MIB)
     try:
         try:
             began = time.monotonic()

@@ -14,11 +14,12 @@ from dataclasses import replace
 import pytest
 
 from tests.netns import demo
-from tests.netns.demo import CLAIMS, RECORDS, Outcome, Paper, untrue
+from tests.netns.demo import CLAIMS, RECORDS, Copied, Outcome, Paper, untrue
 from tests.netns.labkit import registry
 from tests.netns.labkit.place import REPOSITORY
 
 _LIMIT_S = 90
+_FIRST_PASS = "WAITING -> RETURNED"
 _CUT = "silent on all wires"
 
 
@@ -78,14 +79,17 @@ def test_the_demo_ends_well_in_time_and_leaves_nothing() -> None:
         (line,) = (one for one in summary.splitlines() if what in one)
         assert line.endswith(" 0.0 ms")
     assert "P10 PASSIVE -> TAKEOVER" in text
+    assert text.count("no difference") == 2
+    assert "writes of the last" in rest
     assert "RETURNED -> PASSIVE" in rest
     assert len(labs) == 1
     _assert_nothing_left(process.pid, labs)
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing() -> None:
+@pytest.mark.parametrize("words", [_FIRST_PASS, _CUT])
+def test_ctrl_c_in_the_middle_leaves_nothing(words: str) -> None:
     with _demo() as process:
-        _read_until(process, _CUT)
+        _read_until(process, words)
         labs = _labs_of(process)
         assert registry.leftovers(process.pid, labs)
         os.killpg(process.pid, signal.SIGINT)
@@ -99,6 +103,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing() -> None:
 
 
 GOOD = Outcome(
+    first=Copied(entries=1000, size_bytes=40_000_000, took_ms=500, differs=()),
     decided_ms=900,
     served_ms=901,
     first_answer_ms=910.0,
@@ -106,10 +111,15 @@ GOOD = Outcome(
     stall_ms=1700.0,
     holder_overlap_ms=0.0,
     answer_overlap_ms=0.0,
-    by_primary=frozenset(range(RECORDS)),
-    by_standby=frozenset(range(RECORDS, 3 * RECORDS)),
-    read_back=frozenset(range(RECORDS, 3 * RECORDS)),
-    on_primary_disk=frozenset(range(RECORDS)),
+    by_primary=frozenset(range(2 * RECORDS)),
+    before_window=frozenset(range(RECORDS)),
+    window_ms=2500,
+    by_standby=frozenset(range(2 * RECORDS, 4 * RECORDS)),
+    read_back=frozenset(range(RECORDS)) | frozenset(range(2 * RECORDS, 4 * RECORDS)),
+    on_primary_disk=frozenset(range(2 * RECORDS)),
+    quarantined=frozenset(range(2 * RECORDS)),
+    resync_ms=900,
+    differs=(),
     stale=1,
     failed=0,
     return_stall_ms=20.0,
@@ -120,13 +130,17 @@ GOOD = Outcome(
 )
 
 SPOILT = (
+    replace(GOOD, first=replace(GOOD.first, differs=("a mode",))),
     replace(GOOD, decided_ms=902),
     replace(GOOD, holder_overlap_ms=0.1),
     replace(GOOD, answer_overlap_ms=0.1),
-    replace(GOOD, by_primary=frozenset(range(RECORDS - 1))),
-    replace(GOOD, by_standby=frozenset(range(RECORDS, 3 * RECORDS - 1))),
-    replace(GOOD, read_back=GOOD.read_back - {RECORDS}),
+    replace(GOOD, before_window=frozenset(range(RECORDS - 1))),
+    replace(GOOD, read_back=GOOD.read_back - {0}),
+    replace(GOOD, by_standby=frozenset(range(2 * RECORDS, 4 * RECORDS - 1))),
+    replace(GOOD, read_back=GOOD.read_back - {2 * RECORDS}),
     replace(GOOD, on_primary_disk=GOOD.on_primary_disk - {0}),
+    replace(GOOD, quarantined=GOOD.quarantined - {RECORDS}),
+    replace(GOOD, differs=("a size",)),
     replace(GOOD, stale=2),
     replace(GOOD, failed=1),
     replace(GOOD, holders=frozenset({"primary", "standby"})),
@@ -142,7 +156,7 @@ def test_every_claim_can_be_untrue() -> None:
     assert found == [[sentence] for _, sentence in CLAIMS]
 
 
-@pytest.mark.parametrize(("outcome", "code"), [(GOOD, 0), (SPOILT[1], 1)])
+@pytest.mark.parametrize(("outcome", "code"), [(GOOD, 0), (SPOILT[2], 1)])
 def test_what_was_not_so_is_said_and_ends_with_1(
     outcome: Outcome, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
