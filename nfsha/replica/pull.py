@@ -82,7 +82,8 @@ class PassRequest:
     `root_fd`: the checked root of the volume; it stays the caller's and open until the end.
     `folders`: relative to it, b"." for itself; each is compared one level deep. None: a full walk.
     `resync_backup`: a folder relative to the root where that goes which the pass overwrites or
-    deletes. `longest_s`: no single run of rsync takes longer.
+    deletes. `longest_s`: no single run of rsync takes longer. `expected_bytes`: how much a first
+    copy will be, for its progress.
     """
 
     uuid: str
@@ -97,6 +98,7 @@ class PassRequest:
     checksum: bool = False
     name: str = ""
     longest_s: int = _LONGEST_S
+    expected_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,10 @@ class _Tally:
         self.transferred_bytes += progress.bytes
 
 
+class _ScratchError(Exception):
+    """The folder for short-lived files cannot be used."""
+
+
 class Pull:
     """One pass. `clock_ms` is a clock in milliseconds that only goes forward.
 
@@ -220,7 +226,7 @@ class Pull:
         held = ""
         try:
             held = await self._pass()
-        except ChildError as error:
+        except (ChildError, _ScratchError) as error:
             self._fail(str(error))
         except OSError as error:
             self._tally.full |= error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -268,8 +274,8 @@ class Pull:
         if request.folders == ():
             self._tally.endings.append(Ending(Verdict.COMPLETE, 0, "no folder changed"))
             return ""
-        with self._list_file() as listed:
-            await asyncio.to_thread(self._write_list, listed)
+        data = await asyncio.to_thread(_folders_of, request)
+        with await asyncio.to_thread(self._listed, data) as listed:
             whole = request.folders is None
             course = Course(
                 source=request.source,
@@ -283,7 +289,7 @@ class Pull:
             )
             held = ""
             if request.limits.target_empty:
-                await self._copy(course, total_bytes=None, make_way=0)
+                await self._copy(course, total_bytes=request.expected_bytes, make_way=0)
             else:
                 held = await self._by_plan(course)
             if self._worst.verdict is Verdict.INCOMPLETE and self._worst.code == _VANISHED:
@@ -331,10 +337,9 @@ class Pull:
         wanted = tally.vanished
         entries = tally.entries
         for _ in range(_LOOKS_MAX):
-            with self._list_file() as listed:
-                parents = {name.rpartition(b"/")[0] or b"." for name in wanted}
-                names = folder_list((), sorted({*wanted, *parents}))
-                await asyncio.to_thread(_write, listed, names)
+            parents = {name.rpartition(b"/")[0] or b"." for name in wanted}
+            names = folder_list((), sorted({*wanted, *parents}))
+            with await asyncio.to_thread(self._listed, names) as listed:
                 again = replace(course, list_path=listed.name)
                 run = await self._copy(again, total_bytes=None, make_way=0)
             tally.entries = entries  # of the volume, not of this list
@@ -383,13 +388,10 @@ class Pull:
         """Deletes, if it may, and sets folders right, in the folders that the plan named."""
         self._report(Progress(Stage.CHECK))
         rest = Tail()
-        with self._list_file() as listed:
-            list_path = None
-            if not reader.too_many_folders:
-                parents = reader.parents if deletions is not None else set()
-                data = folder_list(sorted(parents), sorted(reader.touched - parents))
-                await asyncio.to_thread(_write, listed, data)
-                list_path = listed.name
+        parents = reader.parents if deletions is not None else set()
+        data = folder_list(sorted(parents), sorted(reader.touched - parents))
+        with await asyncio.to_thread(self._listed, data) as listed:
+            list_path = None if reader.too_many_folders else listed.name
             argv = course.settle(list_path, deletions=deletions)
             run = await self._rsync("settle", argv, rest.add, rest)
         self._tally.add(run)
@@ -555,14 +557,20 @@ class Pull:
     def _called(self, what: str) -> str:
         return f"{what}-{self.request.uuid}"
 
-    def _list_file(self) -> IO[bytes]:
-        """With a name: rsync 3.5 does not open one that has none, by /proc/self/fd."""
-        return tempfile.NamedTemporaryFile(dir=self._scratch, prefix="folders-")
+    def _listed(self, data: bytes) -> IO[bytes]:
+        """A file for rsync, gone when it is closed; it blocks.
 
-    def _write_list(self, file: IO[bytes]) -> None:
-        folders = self.request.folders
-        if folders is not None:
-            _write(file, folder_list(_own(self.request.root_fd, folders)))
+        With a name, because rsync 3.5 does not open one that has none by /proc/self/fd.
+        """
+        try:
+            file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - the caller closes it
+                dir=self._scratch, prefix="folders-"
+            )
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise _ScratchError(f"cannot write into {self._scratch}: {error.strerror}") from error
+        return file
 
 
 async def fetch_control(
@@ -602,6 +610,10 @@ async def fetch_control(
 
 
 # --- the volume's root, blocking ------------------------------------------------------------------
+
+
+def _folders_of(request: PassRequest) -> bytes:
+    return b"" if request.folders is None else folder_list(_own(request.root_fd, request.folders))
 
 
 def _own(root_fd: int, folders: Sequence[bytes]) -> list[bytes]:
@@ -681,11 +693,6 @@ def _times_kept(root_fd: int) -> Iterator[None]:
         yield
     finally:
         os.utime(root_fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _write(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-    file.flush()
 
 
 def _nobody(_: Progress) -> None:

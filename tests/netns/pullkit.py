@@ -21,6 +21,7 @@ from typing import Any, Self
 from nfsha.replica.arguments import From
 from nfsha.replica.deletions import DeleteLimits
 from nfsha.replica.pull import PassOutcome, PassRequest, Progress, Pull
+from tests.netns.volumekit import LoopVolume
 
 _UP_WITHIN_S = 5.0
 UUID = "11111111-2222-4333-8444-555555555555"
@@ -126,6 +127,13 @@ def limits(**changes: Any) -> DeleteLimits:
 
 def clock_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[Path]:
+    """A filesystem of the tests' own: a pass ends with a sync of all of it."""
+    with LoopVolume("ext4", size_mib=256) as volume:
+        yield volume.path
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -30,6 +32,7 @@ from tests.netns.pullkit import (
     limits,
     pull,
     root,
+    small_disk,
 )
 from tests.netns.treewalk import differences
 from tests.netns.volumekit import LoopVolume, make_volume
@@ -40,13 +43,21 @@ LARGE_BYTES = 5 << 19
 SLOW: dict[str, Any] = {"bandwidth_kib_s": 1000}
 
 
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Path]:
+    with small_disk() as path:
+        yield path
+
+
 @pytest.fixture
-def places(tmp_path: Path) -> tuple[Path, Path, Path]:
+def places(disk: Path) -> Iterator[tuple[Path, Path, Path]]:
     """Source, target, scratch."""
-    folders = tuple(tmp_path / name for name in ("source", "target", "scratch"))
+    home = Path(tempfile.mkdtemp(dir=disk))
+    folders = home / "source", home / "target", home / "scratch"
     for folder in folders:
         folder.mkdir()
-    return folders[0], folders[1], folders[2]
+    yield folders
+    shutil.rmtree(home)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.netns.pullkit import (
     limits,
     pull,
     root,
+    small_disk,
 )
 from tests.netns.treewalk import ODD_NAMES, differences, make_odd_tree
 from tests.netns.volumekit import LoopVolume, make_volume
@@ -68,14 +70,22 @@ class Pair:
         return differences(self.source, self.target)
 
 
+@pytest.fixture(scope="module")
+def disk() -> Iterator[Path]:
+    with small_disk() as path:
+        yield path
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    source, target, scratch = (tmp_path / name for name in ("source", "target", "scratch"))
+def pair(disk: Path, tmp_path: Path) -> Iterator[Pair]:
+    home = Path(tempfile.mkdtemp(dir=disk))
+    source, target, scratch = home / "source", home / "target", tmp_path / "scratch"
     for folder in (source, target, scratch):
         folder.mkdir()
     with PlainSource(tmp_path / "daemon", {UUID: source}) as daemon:
         yield Pair(source, target, scratch, daemon)
     assert list(scratch.iterdir()) == []
+    shutil.rmtree(home)
 
 
 def write(path: Path, text: str = "x") -> Path:
@@ -225,7 +235,15 @@ def test_another_bandwidth_takes_hold_while_it_copies(pair: Pair) -> None:
         await asyncio.sleep(1.0)
         await one.limit_bandwidth(None)
 
-    outcome = pair.full(limits=limits(target_empty=True), bandwidth_kib_s=500, meanwhile=faster)
+    seen: list[Progress] = []
+    outcome = pair.full(
+        limits=limits(target_empty=True),
+        expected_bytes=6 << 20,
+        bandwidth_kib_s=500,
+        meanwhile=faster,
+        progress=seen.append,
+    )
+    assert 6 << 20 in {each.total_bytes for each in seen if each.stage is Stage.COPY}
     assert outcome.verdict is Verdict.COMPLETE, outcome
     assert outcome.seconds < 6  # 12 at the first limit
     assert pair.differences() == []
@@ -370,7 +388,7 @@ def test_odd_names_as_listed_folders(pair: Pair) -> None:
 
 
 def test_folders_of_another_volume_inside_are_left_alone(
-    make_volume: Callable[..., LoopVolume], pair: Pair
+    pair: Pair, make_volume: Callable[..., LoopVolume]
 ) -> None:
     write(pair.source / "a" / "file")
     pair.first()
@@ -453,6 +471,15 @@ def test_no_changed_folder_is_no_work_at_all(pair: Pair) -> None:
     pair.first()
     assert pair.listed().verdict is Verdict.COMPLETE
     assert connections(pair) == 1
+
+
+def test_a_scratch_folder_that_is_not_there(pair: Pair) -> None:
+    write(pair.source / "a")
+    pair.scratch.rmdir()
+    outcome = pair.full()
+    pair.scratch.mkdir()
+    assert outcome.verdict is Verdict.FAILED
+    assert f"cannot write into {pair.scratch}" in outcome.sentence
 
 
 # --- deletions -----------------------------------------------------------------------------------
