@@ -23,7 +23,6 @@ from nfsha.config.settings import (
     RSYNC,
     SINGLE_LINK_WITNESS,
     Firewall,
-    Hooks,
     IPAddress,
     Link,
     Log,
@@ -43,7 +42,6 @@ __all__ = [
     "RSYNC",
     "ConfigError",
     "Firewall",
-    "Hooks",
     "IPAddress",
     "Link",
     "Log",
@@ -216,11 +214,6 @@ def _assemble(reader: Reader) -> Settings:
         firewall=_assemble_firewall(reader, nfs),
         replication=reader.take(keys.REPLICATION_KEY),
         sync=_assemble_sync(reader, links),
-        hooks=Hooks(
-            mount=reader.take(sync_keys.HOOKS_MOUNT_KEY),
-            unmount=reader.take(sync_keys.HOOKS_UNMOUNT_KEY),
-            timeout_ms=reader.take(sync_keys.HOOKS_TIMEOUT_KEY),
-        ),
         takeover=Takeover(
             start_alone_after_ms=reader.take(keys.START_ALONE_KEY),
             accept=reader.take(keys.ACCEPT_KEY),

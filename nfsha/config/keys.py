@@ -40,7 +40,7 @@ from nfsha.config.settings import (
     Link,
     Witness,
 )
-from nfsha.config.sync_keys import HOOK_KEYS, SYNC_KEYS, SYNC_VOLUMES_KEY, VOLUME_KEYS
+from nfsha.config.sync_keys import SYNC_KEYS, SYNC_VOLUMES_KEY, VOLUME_KEYS
 from nfsha.core.model import Role
 
 _NO_ADDRESS: Final[IPAddress] = IPv4Address(0)
@@ -146,8 +146,7 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         "replication",
         choice(RSYNC, OFF),
         '"rsync"',
-        "What keeps the two copies equal: this nfsha by rsync, or with `off` something else, such"
-        " as DRBD.",
+        "What keeps the two copies equal: this nfsha by rsync, or with `off` something else.",
     ),
     GROUP_KEY := optional(
         "control_group",
@@ -277,7 +276,6 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         " links while both nodes reach the witness: then both serve).",
     ),
     *SYNC_KEYS,
-    *HOOK_KEYS,
     REALTIME_KEY := optional(
         "scheduling.realtime", FLAG, "true", "Ask for SCHED_RR, so that a busy host delays nothing."
     ),

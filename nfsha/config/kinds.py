@@ -243,16 +243,6 @@ def _as_path(value: object) -> Path | None:
     return Path(path) if normal else None
 
 
-def _as_argv(value: object) -> tuple[str, ...] | None:
-    """A program with its arguments, or nothing. No shell ever sees it."""
-    if not isinstance(value, list) or len(value) > _MAX_WORDS:
-        return None
-    words = tuple(one for one in value if isinstance(one, str) and one and one.isprintable())
-    if len(words) < len(value) or sum(map(len, words)) > _MAX_ARGV_CHARACTERS:
-        return None
-    return words if not words or _as_path(words[0]) is not None else None
-
-
 def _read_cron(value: object) -> str | None:
     if value == "":
         return None
@@ -276,15 +266,10 @@ def _read_witnesses(value: object) -> Witness:
     return Witness(gateway="gateway" in names, hosts=hosts)
 
 
-_MAX_WORDS: Final = 32
-_MAX_ARGV_CHARACTERS: Final = 8192
 _CRON_RIGHT: Final = '"" (none) or five fields as in crontab(5), with names as weekdays'
 
 FLAG: Final[Kind[bool]] = kind("true or false", _as_flag)
 PORT: Final[Kind[int]] = kind("a port from 1 to 65535", _as_port)
-ARGV: Final[Kind[tuple[str, ...]]] = kind(
-    f"a list of at most {_MAX_WORDS} texts: an absolute path and its arguments", _as_argv
-)
 CRON: Final[Kind[str | None]] = Kind(_CRON_RIGHT, _read_cron)
 PATH: Final[Kind[Path]] = kind('an absolute path without ".."', _as_path)
 OWN_ADDRESS: Final[Kind[IPAddress]] = kind("an IPv4 or IPv6 address of this machine", _as_address)

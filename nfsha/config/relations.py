@@ -29,8 +29,6 @@ from nfsha.config.settings import (
     Witness,
 )
 from nfsha.config.sync_keys import (
-    HOOKS_MOUNT_KEY,
-    HOOKS_UNMOUNT_KEY,
     SYNC_CRON_KEY,
     SYNC_EVERY_KEY,
     SYNC_JITTER_KEY,
@@ -269,20 +267,6 @@ def _check_sync_volumes(settings: Settings) -> Iterator[Problem]:
             yield Problem(name, show(str(volume.path)), right)
 
 
-def _check_hooks(settings: Settings) -> Iterator[Problem]:
-    if settings.replication == RSYNC and (settings.hooks.mount or settings.hooks.unmount):
-        name = (HOOKS_MOUNT_KEY if settings.hooks.mount else HOOKS_UNMOUNT_KEY).name
-        right = f'must be left out: no hook is run with replication = "{RSYNC}"'
-        yield Problem(name, "(given)", right)
-        return
-    given, missing = HOOKS_MOUNT_KEY.name, HOOKS_UNMOUNT_KEY.name
-    if not settings.hooks.mount:
-        given, missing = missing, given
-    if bool(settings.hooks.mount) != bool(settings.hooks.unmount):
-        right = f"must be given where {given} is: the replica has to come and to go"
-        yield Problem(missing, "[]", right)
-
-
 RELATIONS: Final = (
     Relation(
         "`timing.hold` is at least 2 x `timing.interval`: one lost heartbeat ends nothing.",
@@ -365,11 +349,5 @@ RELATIONS: Final = (
         "The `path` of each table of `sync.volumes` is at or under `nfs.root`.",
         ("sync.volumes", "nfs.root"),
         _check_sync_volumes,
-    ),
-    Relation(
-        f'`hooks.mount` and `hooks.unmount` go with `replication = "{OFF}"` only, and are given'
-        " both or not at all.",
-        ("hooks.mount", "hooks.unmount", "replication"),
-        _check_hooks,
     ),
 )

@@ -153,20 +153,6 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
-class Hooks:
-    """Programs that give a block replica to this node, and take it away again.
-
-    Means something only where `replication` is `off`. An empty list: nothing is run.
-    """
-
-    mount: tuple[str, ...]
-    """Run before this node begins to serve."""
-    unmount: tuple[str, ...]
-    """Run after it has ended to serve."""
-    timeout_ms: int
-
-
-@dataclass(frozen=True, slots=True)
 class Scheduling:
     """How the daemon asks the kernel to be run."""
 
@@ -207,7 +193,6 @@ class Settings:
     replication: str
     """`RSYNC` or `OFF`."""
     sync: Sync
-    hooks: Hooks
     takeover: Takeover
     scheduling: Scheduling
     log: Log

@@ -1,4 +1,4 @@
-"""The keys of [sync], of its volumes and of [hooks]: how the volumes are copied, or by whom else.
+"""The keys of [sync] and of its volumes: how the volumes are copied.
 
 A part of the table in `keys`, with the same rules.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from nfsha.config.kinds import (
-    ARGV,
     CRON,
     FLAG,
     NAME,
@@ -239,25 +238,3 @@ SYNC_KEYS: Final[tuple[Key[Any], ...]] = (
     ),
 )
 """The keys of [sync]."""
-
-HOOK_KEYS: Final[tuple[Key[Any], ...]] = (
-    HOOKS_MOUNT_KEY := optional(
-        "hooks.mount",
-        ARGV,
-        "[]",
-        "Program, with its arguments, that brings a block replica here before this node serves.",
-    ),
-    HOOKS_UNMOUNT_KEY := optional(
-        "hooks.unmount",
-        ARGV,
-        "[]",
-        "Program that gives the block replica away after this node has ended to serve.",
-    ),
-    HOOKS_TIMEOUT_KEY := optional(
-        "hooks.timeout",
-        duration(1000, 600_000),
-        '"30s"',
-        "A hook that takes longer is ended, and counts as failed.",
-    ),
-)
-"""The keys of [hooks]."""

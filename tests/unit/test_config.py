@@ -108,7 +108,6 @@ def test_five_lines_are_enough() -> None:
     assert settings.replication == config.RSYNC
     assert settings.sync == SYNC
     assert settings.sync_link.name == "link2"
-    assert settings.hooks == config.Hooks(mount=(), unmount=(), timeout_ms=30_000)
 
 
 def test_every_key_reaches_its_setting() -> None:
@@ -159,10 +158,6 @@ lockd = 114
 [takeover]
 start_alone_after = "10m"
 accept = ["single-link-witness"]
-[hooks]
-mount = ["/usr/local/sbin/replica", "primary", "r 0"]
-unmount = ["/usr/local/sbin/replica", "secondary"]
-timeout = "2m"
 [scheduling]
 realtime = false
 lock_memory = false
@@ -215,11 +210,6 @@ key = "/c"
         ),
         replication="off",
         sync=SYNC,
-        hooks=config.Hooks(
-            mount=("/usr/local/sbin/replica", "primary", "r 0"),
-            unmount=("/usr/local/sbin/replica", "secondary"),
-            timeout_ms=120_000,
-        ),
         takeover=config.Takeover(600_000, ("single-link-witness",)),
         scheduling=config.Scheduling(realtime=False, lock_memory=False),
         log=config.Log("debug"),
@@ -447,10 +437,9 @@ def test_there_are_invalid_configurations_for_every_relation() -> None:
         "2 x sync.every",
         "neither quarantine_max_age nor quarantine_max_size",
         "sync.volumes[1].path",
-        "must be given where hooks.mount is",
     ):
         assert words in messages
-    assert len(RELATIONS) == 16
+    assert len(RELATIONS) == 15
 
 
 def test_relations_of_a_broken_key_are_left_out() -> None:
