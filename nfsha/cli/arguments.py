@@ -214,7 +214,8 @@ COMMANDS: tuple[Command, ...] = (
             ),
             CONFIG, SOCKET,
         ),
-        "On the node that does not serve. ^C ends the waiting, not the passes.",
+        "On the node that does not serve; refused while passes are paused. It begins a resync that "
+        "waits, too. ^C ends the waiting, not the passes.",
     ),
     Command(
         "quarantine list", COPY, "list what was put aside instead of being lost",

@@ -8,7 +8,8 @@ version while nfsha is upgraded.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 from nfsha.cli import render_volumes
 from nfsha.cli.words import (
@@ -35,6 +36,17 @@ _COLOURS = {
     "FAULT": RED,
 }
 
+_NEXT_BY_ALARM: Final[Mapping[str, str]] = {
+    "volumes-unseen": "mend what keeps the volumes from being seen",
+    "source": render_volumes.MEND_SOURCE,
+    "not-offered": "mend what keeps the volume from being offered",
+    "verify": "find the files in the log (they are repaired where that was possible); if one is "
+    "damaged, look at the disks of both nodes",
+    "quarantine-full": "find out what of it is wanted (`nfsha quarantine list`); the rest: `nfsha "
+    "quarantine drop`",
+}
+"""What an operator does about an alarm of the copies, by its first word, the most pressing first.
+Those that follow from a volume's state have their step there (`render_volumes.step_for`)."""
 
 _LINK_TROUBLE = ("forged", "malformed", "other_version", "own_role", "from_stranger", "errors")
 """Counters of a link (`nfsha.peer.links.LinkCounters`) that are shown only when not 0."""
@@ -59,7 +71,13 @@ def _next(facts: Facts) -> str:
     told = str(facts.get("next", ""))
     if not told.startswith("nothing"):
         return told
-    return render_volumes.first_step(facts.get("copies") or {}) or told
+    step = render_volumes.first_step(facts.get("copies") or {})
+    return step or (_alarm_step(facts) if told == "nothing" else "") or told
+
+
+def _alarm_step(facts: Facts) -> str:
+    kinds = {str(alarm["name"]).partition(" ")[0] for alarm in facts["alarms"]}
+    return next((step for kind, step in _NEXT_BY_ALARM.items() if kind in kinds), "")
 
 
 def _headline(facts: Facts, style: Style) -> str:

@@ -28,6 +28,8 @@ from nfsha.cli.words import (
     spelled,
 )
 
+MEND_SOURCE: Final = "mend what keeps the rsync daemon from running; it is started again by itself"
+
 _BAR: Final = 20
 _PLAN_DIGITS: Final = 12
 """So much of a plan's hash is shown and typed; `nfsha sync` finds the whole one by it."""
@@ -55,11 +57,9 @@ _OFFERED: Final = "offered"
 _STATES: Final[Mapping[str, str]] = {
     _OFFERED: "offered to the other node",
     "idle": "idle",
-    "planned": "waits for its turn",
     "held": "DELETIONS HELD",
     "failed": "FAILED",
     "refused": "REFUSED",
-    "paused": "paused",
     "off": "no pass runs here",
 }
 _STAGES: Final[Mapping[str, str]] = {
@@ -129,11 +129,16 @@ def _remarks(facts: Facts) -> Iterator[str]:
         yield f"ITS RSYNC DAEMON DOES NOT RUN: {source.get('trouble') or 'not started yet'}"
     elif source.get("trouble"):
         yield str(source["trouble"])
-    if facts.get("paused") and facts.get("mode") != "source":
+    if _paused(facts):
         yield "PAUSED: no pass begins until `nfsha sync --resume`"
     if facts.get("bandwidth_kib_s") is not None and facts.get("mode") != "source":
         yield f"each transfer is limited to {size(1024 * facts['bandwidth_kib_s'])} per second"
     yield from (f"warning: {warning}" for warning in facts.get("warnings") or [])
+
+
+def _paused(facts: Facts) -> bool:
+    """No pass begins; on the source it would not matter."""
+    return bool(facts.get("paused")) and facts.get("mode") != "source"
 
 
 def _volume(one: Facts, style: Style) -> Iterator[str]:
@@ -298,10 +303,8 @@ def _next(answer: Facts) -> str:
     step = first_step(answer)
     if step:
         return step
-    if get(answer, "replication", "paused") and get(answer, "replication", "mode") != "source":
-        return "`nfsha sync --resume` when the work is done"
     if get(answer, "replication", "source", "trouble"):
-        return "mend what keeps the rsync daemon from running; it is started again by itself"
+        return MEND_SOURCE
     idle = get(answer, "replication", "mode") in ("off", "none")
     return "nothing" if idle else "nothing: passes come by themselves"
 
@@ -318,14 +321,15 @@ def step_for(one: Facts) -> str:
     if "UNPAIRED" in pairing(one):
         return _pairing_step(one, name)
     if get(one, "sync", "state") in ("failed", "refused"):
-        return f"mend what it says, then `nfsha sync {name} --wait`"
+        return f"mend what it says, if anything, then `nfsha sync {name} --wait`"
     return ""
 
 
 def _pairing_step(one: Facts, name: str) -> str:
     if one.get("paired") == _STRANGERS:
         return (
-            f"if both belong together, on the node that does not serve: `nfsha volumes pair {name}`"
+            "if both belong together, on the node that does not serve: remove .nfsha-volume in "
+            f"the volume's root, then `nfsha volumes pair {name}`"
         )
     if one.get("here", one) is None:
         return f"make a volume of at least the same size and mount it at {name} here"
@@ -359,7 +363,12 @@ def _is_none(one: Facts) -> bool:
 
 
 def first_step(answer: Facts) -> str:
-    """What an operator should do about the volumes first; empty when nothing."""
+    """What an operator should do about the volumes first; empty when nothing.
+
+    While passes are paused none can be asked for, and each volume's own step may need one.
+    """
+    if _paused(answer.get("replication") or {}):
+        return "`nfsha sync --resume` when the work is done"
     listed = [one for one in _told_apart(_listed(answer)) if not _is_none(one)]
     return next((step for one in listed if (step := step_for(one))), "")
 

@@ -24,7 +24,6 @@ DEFAULT: Final = "default"
 UNLIMITED: Final = "unlimited"
 
 _MIN_PLAN_DIGITS: Final = 8
-_UNDER_WAY: Final = ("planned", "running")
 
 Facts = Mapping[str, Any]
 
@@ -105,22 +104,14 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
 def _begin(path: Path, request: Facts) -> Answer:
     answer = client.ask(path, "sync", request)
     lines = [f"{spelled(one['name'])}: {_begun(one)}" for one in answer["volumes"]]
-    refused = [one for one in answer["volumes"] if one["state"] == "refused"]
-    if refused:
-        raise CommandError(
-            Exit.REFUSED if len(refused) == len(answer["volumes"]) else Exit.INCOMPLETE,
-            "\n  ".join(["refused for some volumes:", *map(printable, lines)]),
-            "`nfsha volumes` says more",
-            answer,
-        )
     return Answer("\n".join([*map(printable, lines), *_said(answer)]), answer)
 
 
 def _begun(one: Facts) -> str:
     """What became of the request for one volume; a state of before it says nothing of it."""
-    if one["state"] not in (*_UNDER_WAY, "refused"):
+    if one["state"] != "running":
         return "asked for"
-    return f"{one['state']}: {one['why']}" if one["why"] else str(one["state"])
+    return f"asked for, after the one that runs ({one['why']})"
 
 
 def _said(answer: Facts) -> list[str]:
@@ -151,7 +142,7 @@ def _news(listed: Iterable[Facts], told: dict[str, str]) -> Iterator[str]:
     """One line for each volume with which something else happens than was told."""
     for one in listed:
         state = render_volumes.state({**one, "sync": {**one["sync"], "next_ms": None}})
-        if one["sync"]["state"] in _UNDER_WAY and told.get(one["name"]) != state:
+        if one["sync"]["state"] == "running" and told.get(one["name"]) != state:
             told[one["name"]] = state
             yield f"{spelled(one['name'])}: {printable(state)}"
 

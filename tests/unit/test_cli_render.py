@@ -123,6 +123,27 @@ def test_an_alarm_is_painted_and_calm_is_not() -> None:
     assert f"{red}ALARMS:" in render.status(SCREENS["fault"](), Style(colour=True))
 
 
+@pytest.mark.parametrize(
+    ("names", "step"),
+    [
+        (["verify data"], "find the files in the log"),
+        (["quarantine-full data", "source"], "mend what keeps the rsync daemon from running"),
+        (["quarantine-full a b"], "`nfsha quarantine drop`"),
+        (["not-offered data"], "mend what keeps the volume from being offered"),
+        (["volumes-unseen", "verify data"], "mend what keeps the volumes from being seen"),
+        (["of-a-newer-version data"], "next: nothing"),
+    ],
+)
+def test_an_alarm_of_the_copies_has_a_step(names: list[str], step: str) -> None:
+    facts = SCREENS["active"]() | {"next": "nothing"}
+    facts["alarms"] = [{"name": name, "text": "says why"} for name in names]
+    text = " ".join(render.status(facts, Style()).split())
+    assert all(f"{name}: says why" in text for name in names)
+    assert step in text[text.index("next:") :]
+    facts["next"] = "mend the links"
+    assert render.status(facts, Style()).endswith("next:        mend the links")
+
+
 def test_what_a_terminal_would_obey_is_shown_harmless() -> None:
     facts = SCREENS["fault"]()
     facts["health"] = {"fit": False, "reason": "\x1b[2Jgone\nall is well"}

@@ -6,7 +6,6 @@ The screens stand in tests/unit/golden (volumes-*, quarantine-*), to be read.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -226,8 +225,10 @@ def test_what_holds_of_all_volumes(way: Facts, said_so: str) -> None:
 def test_the_most_pressing_comes_last_and_once() -> None:
     calm = render_volumes.volumes(answer(volume()), Style())
     assert calm.endswith("nothing: passes come by themselves")
-    paused = render_volumes.volumes(answer(volume(), paused=True), Style())
-    assert paused.endswith("`nfsha sync --resume` when the work is done")
+    for one in (volume(), held(), volume(state="failed", why="no room")):
+        paused = render_volumes.volumes(answer(one, paused=True), Style())
+        assert paused.endswith("`nfsha sync --resume` when the work is done")
+        assert "--resume" not in render_volumes.first_step(answer(one, paused=True, mode="source"))
 
 
 def test_held_deletions_are_told_while_a_pass_runs_too() -> None:
@@ -257,7 +258,9 @@ def test_two_volumes_of_one_name_with_different_identities() -> None:
     here, there = lonely("here"), lonely("there")
     text = render_volumes.volumes(answer(here | {"name": "x"}, there | {"name": "x"}), Style())
     assert text.count("x: UNPAIRED, the volumes of this name have different identities") == 2
-    assert "on the node that does not serve: `nfsha volumes pair x`" in " ".join(text.split())
+    assert "that does not serve: remove .nfsha-volume in the volume's root, then `nfsha" in (
+        " ".join(text.split())
+    )
 
 
 def test_an_answer_that_lacks_what_a_newer_one_has() -> None:
@@ -282,13 +285,16 @@ def test_status_has_one_line_for_each_volume_and_trouble_first() -> None:
     pair = situations.settled()
     facts = pair.seen(pair.standby)
     listed = [volume(f"v{number}") for number in range(8)]
-    facts["copies"] = answer(*listed, running(), held(), paused=True)
+    facts["copies"] = answer(*listed, running(), held(), bandwidth_kib_s=48_828)
     lines = render.status(facts, Style()).splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("replication:"))
     text = " ".join(" ".join(lines[start:]).split())
-    assert "PAUSED" in text
+    assert "each transfer is limited to 50 MB per second" in text
     assert text.index("mail store: the copy is 1 min 35 s old, DELETIONS HELD") < text.index("v0:")
     assert text.endswith("rightly: `nfsha sync 'mail store' --accept-deletes 1a2b3c4d5e6f`")
+    facts["copies"] = answer(volume(), held(), paused=True)
+    assert render.status(facts, Style()).endswith("`nfsha sync --resume` when the work is done")
+    facts["copies"] = answer(*listed, running(), held())
     facts["next"] = "mend the links"
     assert render.status(facts, Style()).endswith("next:        mend the links")
     assert "v0: the copy is 12 s old, idle, next pass in 18 s" in text
@@ -410,8 +416,8 @@ NOTHING = {"volume": None, "full": False, "verify": False, "accept_deletes": Non
 BEGUN = {
     "ok": True, "why": "",
     "volumes": [
-        {"name": "data", "state": "planned", "why": ""},
-        {"name": "mail", "state": "running", "why": "a pass runs already"},
+        {"name": "data", "state": "refused", "why": "of before: `nfsha sync` begins the resync"},
+        {"name": "mail", "state": "running", "why": "a pass by schedule"},
         {"name": "old", "state": "held", "why": "of before"},
     ],
 }  # fmt: skip
@@ -437,7 +443,10 @@ BEGUN = {
 def test_passes_are_begun(daemon: Daemon, command: list[str], sent: Facts, capsys: Said) -> None:
     daemon.answers["sync"] = BEGUN
     assert main(command) == Exit.DONE
-    assert said(capsys)[0] == "data: planned\nmail: running: a pass runs already\nold: asked for\n"
+    assert said(capsys)[0] == (
+        "data: asked for\nmail: asked for, after the one that runs (a pass by schedule)\n"
+        "old: asked for\n"
+    )
     assert daemon.asked[-1] == ("sync", sent)
 
 
@@ -445,14 +454,15 @@ def test_passes_that_are_refused(daemon: Daemon, capsys: Said) -> None:
     daemon.answers["sync"] = {"ok": False, "why": "this node is the source", "volumes": []}
     assert main(["sync"]) == Exit.REFUSED
     assert said(capsys) == ("", "nfsha: refused: this node is the source\n")
-    some: Facts = copy.deepcopy(BEGUN)
-    some["volumes"][1] |= {"state": "refused", "why": "it is not paired"}
-    daemon.answers["sync"] = some
-    assert main(["sync"]) == Exit.INCOMPLETE
-    assert "mail: refused: it is not paired" in said(capsys)[1]
-    some["volumes"] = some["volumes"][1:2]
-    assert main(["sync", "mail", "--json"]) == Exit.REFUSED
-    assert json.loads(said(capsys)[0])["volumes"] == some["volumes"]
+
+
+def test_while_paused_no_pass_is_asked_for(daemon: Daemon, capsys: Said) -> None:
+    paused = "passes are paused: `nfsha sync --resume` lets them go on"
+    daemon.answers["sync"] = control.CommandError(paused, {"refused": True})
+    assert main(["sync"]) == Exit.REFUSED
+    assert said(capsys) == ("", f"nfsha: refused: {paused}\n")
+    assert main(["sync", "--json"]) == Exit.REFUSED
+    assert json.loads(said(capsys)[0])["error"] == f"refused: {paused}"
 
 
 def test_a_guard_of_the_daemon_is_a_refusal(daemon: Daemon, capsys: Said) -> None:
@@ -513,7 +523,7 @@ def test_all_passes_are_turned(
 
 
 def stream(*last: Facts | Exception) -> list[Facts | Exception]:
-    calm = volume(state="planned")
+    calm = volume(state="running")
     return [{"volumes": [calm]}, {"volumes": [calm]}, {"volumes": [running()]}, *last]
 
 
@@ -521,7 +531,7 @@ def test_waiting_tells_each_change_once(daemon: Daemon, capsys: Said) -> None:
     daemon.stream = stream({"done": True, "ok": True, "why": "", "volumes": [volume()]})
     assert main(["sync", "--wait", "data"]) == Exit.DONE
     out = said(capsys)[0]
-    assert out.splitlines()[:2] == ["data: waits for its turn", "db/pg: copies"]
+    assert out.splitlines()[:2] == ["data: a pass runs", "db/pg: copies"]
     assert "idle" not in out
     assert "data: 2026-01-02 03:04:05Z in epoch 7, the changed folders" in out
     assert daemon.asked == [("sync-wait", NOTHING | {"volume": "data"})]
