@@ -61,6 +61,8 @@ class CopyAnswers:
             raise CommandError(str(error)) from error
 
     async def _answer(self, command: str, args: Facts) -> Facts:
+        if self._replicator is None and command == "volumes":
+            return {"volumes": [], "replication": {"mode": "off", "why": "by the configuration"}}
         there = self._there()
         match command:
             case "volumes":

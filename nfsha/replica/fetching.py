@@ -216,7 +216,7 @@ class Fetching:
             if reason.kind is Kind.VERIFY:
                 await self._verify(copy, epoch)
             else:
-                await self._pass(copy, epoch, reason)
+                await self._ordinary_or_full(copy, epoch, reason)
         except RefusedError as refused:
             self._refused(copy, str(refused))
         except TROUBLES as error:
@@ -224,6 +224,16 @@ class Fetching:
         except asyncio.CancelledError:
             copy.rest(State.OFF, "ended: the state of this node changed")
             raise
+
+    async def _ordinary_or_full(self, copy: Copy, epoch: Epoch, reason: Reason) -> None:
+        mark = self._store.own.get(copy.uuid)
+        if reason.kind is Kind.FULL and mark is not None and mark.epoch == epoch:
+            # First what the journal names, so that the walk shows what it did not name.
+            await self._pass(copy, epoch, Reason(reason.cause))
+            if copy.state is not State.IDLE:
+                return
+            copy.state, copy.why = State.RUNNING, "a full walk"
+        await self._pass(copy, epoch, reason)
 
     def _refused(self, copy: Copy, why: str) -> None:
         self._say(copy, f"volume {self._name(copy.uuid)} is not copied: {why}")
@@ -348,7 +358,9 @@ class Fetching:
             await self._write(Quarantine(root_fd).finish, entry)
         if outcome.verdict is Verdict.COMPLETE:
             done = _mark(uuid, epoch, facts, changes, outcome, full=folders is None)
-            await self._completed(copy, here, done, missed=_missed(reason, why_full, outcome))
+            if reason.kind is Kind.FULL and not resync and changes is not None:
+                copy.missed_by_journal += await self._missed(copy, epoch, changes, outcome, scratch)
+            await self._completed(copy, here, done)
             return
         self._not_completed(copy, outcome)
 
@@ -401,8 +413,22 @@ class Fetching:
         # Wherever it is shown the volume's name stands before it already.
         return replace(outcome, sentence=outcome.sentence.removeprefix(f"{request.name}: "))
 
-    async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark, *, missed: int) -> None:
-        copy.missed_by_journal += missed
+    async def _missed(
+        self, copy: Copy, epoch: Epoch, changes: Published, outcome: PassOutcome, scratch: Path
+    ) -> int:
+        """How many differences a full walk found that the change journal had not named.
+
+        The walk came right after a pass of all that the journal named. On a volume that changed
+        during the walk nobody can tell them apart; then none is counted.
+        """
+        found = outcome.transferred_files + outcome.deletions
+        if not found:
+            return 0
+        _, after = await self._published(copy.uuid, epoch, scratch)
+        folders = after.since(changes.journal_id, changes.last)[0] if after is not None else None
+        return found if folders == () else 0
+
+    async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark) -> None:
         await self._write(self._store.put_own, mark)
         if here.stamp != mark.epoch:
             await self._write(volumes.write_stamp, here, mark.epoch)
@@ -542,13 +568,6 @@ class Fetching:
         for uuid, pull in tuple(self._pulls.items()):
             self._restarting.add(uuid)
             await pull.end()
-
-
-def _missed(reason: Reason, why_full: str, outcome: PassOutcome) -> int:
-    """What a scheduled full walk found although the change journal vouched for all."""
-    if reason.kind is Kind.ORDINARY or why_full == "resync":
-        return 0
-    return outcome.transferred_files + outcome.deletions
 
 
 def _mark(

@@ -389,13 +389,14 @@ class Replicator:
         age_ms = None if mark is None else max(0, (time.time_ns() - mark.started_ns) // 1_000_000)
         next_ms = self.fetching.schedule.next_ms(copy.uuid) if copy.state is not State.OFF else None
         one = pair.here or pair.there
+        told = self.inventory.there is not None
         return {
             "name": pair.name,
             "path": str(one.path) if one is not None else "",
             "uuid": pair.uuid,
-            "paired": pair.paired,
+            "paired": pair.paired if told else "unknown",
             "here": as_json(pair.here) if pair.here is not None else None,
-            "there": as_json(pair.there) if pair.there is not None else None,
+            **({"there": as_json(pair.there) if pair.there is not None else None} if told else {}),
             "differs": list(pair.differs),
             "sync": copy.as_json(mark, age_ms, next_ms),
         }
@@ -407,8 +408,9 @@ class Replicator:
             found["volumes-unseen"] = self.inventory.trouble
         for pair in self.inventory.pairs():
             found |= self._pair_alarms(pair)
-        for copy in self.fetching.copies.values():
-            found |= self._copy_alarms(copy)
+        if isinstance(self._flow, Fetch):
+            for copy in self.fetching.copies.values():
+                found |= self._copy_alarms(copy)
         for name, over in self._over.items():
             found[f"quarantine-full {name}"] = f"volume {name}: its quarantine {over}"
         if isinstance(self._flow, Offer):
@@ -483,7 +485,7 @@ class Replicator:
         return found
 
     def _chosen(self, name: str | None) -> list[str]:
-        if not isinstance(self._flow, Fetch):
+        if not isinstance(self._flow, Fetch) or not self._flow.start:
             raise ReplicaError(f"nothing is copied to this node now: {self._why_not()}")
         if name is None:
             return list(self.fetching.copies)
@@ -548,7 +550,9 @@ class Replicator:
         return one.name if one is not None else uuid
 
     def pause(self, *, on: bool) -> None:
-        """Holds all scheduled passes back, or lets them go on."""
+        """Holds all scheduled passes back, or lets them go on. ReplicaError on the source."""
+        if isinstance(self._flow, Offer):
+            raise ReplicaError("this node serves, passes run on the other node: pause them there")
         if on:
             self.fetching.schedule.pause()
         else:
@@ -560,22 +564,23 @@ class Replicator:
 
     async def pair(self, name: str) -> str:
         """Pairs a volume here, which may hold data, with the other node's of the same name."""
-        pair = next((one for one in self.inventory.pairs() if one.name == name), None)
-        if pair is None or pair.here is None or pair.there is None:
+        here = self.inventory.by_name(name)
+        there = next((one for one in self.inventory.there or () if one.name == name), None)
+        if here is None or there is None:
             raise ReplicaError(f"there is no volume {name!r} on both nodes: see `nfsha volumes`")
-        if pair.paired == "paired":
+        if here.identity is not None and here.identity == there.identity:
             return f"volume {name} is paired already"
-        if pair.there.identity is None:
+        if there.identity is None:
             raise ReplicaError(
                 f"the other node's volume {name!r} has no identity yet: it gets one once that node "
                 "serves"
             )
-        if pair.here.identity is not None:
+        if here.identity is not None:
             raise ReplicaError(
                 f"volume {name!r} bears another identity here: it belonged to another pair. If its "
-                f"data may go to quarantine, remove {pair.here.path}/.nfsha-volume and repeat"
+                f"data may go to quarantine, remove {here.path}/.nfsha-volume and repeat"
             )
-        await self._adopt(pair.here, pair.there.identity, pair=True)
+        await self._adopt(here, there.identity, pair=True)
         self._bell.set()
         return f"volume {name} is paired: what lies there goes to quarantine as it is replaced"
 
