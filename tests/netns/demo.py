@@ -21,7 +21,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -777,10 +777,23 @@ def _conclude(paper: Paper, outcome: Outcome, took_s: float) -> int:
     for sentence in broken:
         paper.bad(f"NOT SO: {sentence}")
     if broken:
-        paper.bad(f"measured: {outcome}")
+        for one in fields(outcome):
+            paper.bad(f"measured: {one.name} = {_brief(getattr(outcome, one.name))}")
         return 1
     paper.good(f"All of this was checked. {took_s:.0f} s; nothing is left behind.")
     return 0
+
+
+def _brief(value: object) -> str:
+    """A measured value; the numbers of records as spans."""
+    if not isinstance(value, frozenset) or not all(isinstance(one, int) for one in value):
+        return str(value)
+    spans = itertools.groupby(enumerate(sorted(value)), lambda pair: pair[1] - pair[0])
+    return ", ".join(_span([number for _, number in one]) for _, one in spans) or "none"
+
+
+def _span(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def main() -> int:
