@@ -25,7 +25,15 @@ from bench import replication_report as report
 from bench.findings import passed
 from bench.replication_findings import FIRST, Equality, Findings, Journal, Sample, bars
 from bench.replication_sides import Cron, Nfsha, Pass, Side
-from bench.replication_trees import Changes, Tree, forget_names, look, make, make_large
+from bench.replication_trees import (
+    Changes,
+    Tree,
+    forget_files,
+    forget_names,
+    look,
+    make,
+    make_large,
+)
 from bench.replication_usage import cpu_s
 from tests.netns.lab import Lab, require_root
 from tests.netns.labkit import registry
@@ -73,7 +81,11 @@ class Bench:
     def _tree(self, tree: Tree) -> None:
         size_mib = max(1024, tree.files * 6 // 1024 + 1024)
         inodes = tree.files + 20_000
-        with Lab(volumes=(tree.volume,), volume_mib=size_mib, inodes=inodes) as lab:
+        with (
+            Lab(volumes=(tree.volume,), volume_mib=size_mib, inodes=inodes) as lab,
+            contextlib.ExitStack() as stack,
+        ):
+            stack.callback(forget_files)
             cron, nfsha = Cron(lab, size_mib, inodes), Nfsha(lab)
             self._say(f"{tree.files:,} files: making the tree and both copies")
             self._prepare(lab, tree, cron, nfsha)
@@ -298,6 +310,7 @@ def _require_space() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the bench; returns 0, 1 when a bar is not met, 2 when it cannot run, 130 after ^C."""
     options = _options(argv)
+    bench = None
     signal.signal(signal.SIGTERM, _end)
     try:
         require_root()
@@ -306,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.run()
     except LabError as error:
         print(f"the bench cannot go on: {error}", file=sys.stderr)
+        if bench is not None and bench.findings.samples:
+            bench.write()
+            print(f"written, as far as it came: {options.out / 'replication.md'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ended; nothing was written", file=sys.stderr)
