@@ -88,8 +88,7 @@ class Course:
 
     def plan(self) -> list[str]:
         """Compares, and names what would be done. Changes nothing."""
-        missing = () if self.list_path is None else ("--delete-missing-args",)
-        says = ("-n", "--delete", *missing, "--out-format=%i %n", "--info=stats2", *_OLD_PARTS)
+        says = ("-n", "--delete", "--out-format=%i %n", "--info=stats2", *_OLD_PARTS)
         return self._line(*says, *self._reads(), *self._scope(self.list_path))
 
     def copy(self, *, make_way: int, bandwidth_kib_s: int | None, aside: bool = True) -> list[str]:
@@ -131,14 +130,15 @@ class Course:
         if list_path is None:
             return ("-r",)
         # --trust-sender: else each name is compared with each listed folder, one after the other.
-        return ("-d", "--from0", f"--files-from={list_path}", "--trust-sender")
+        # Ignore what is missing: the removal of a folder is a change of its parent, which is in the
+        # list too. (--delete-missing-args ends Debian's 3.2.7-1+deb12u6 with "invalid file mode".)
+        listed = f"--files-from={list_path}"
+        return ("-d", "--from0", listed, "--trust-sender", "--ignore-missing-args")
 
     def _line(self, *options: str) -> list[str]:
-        missing = ("--ignore-missing-args",)
-        known = () if "--delete-missing-args" in options or "-r" in options else missing
         session = _session(self.source, self.timeout_s, self.connect_timeout_s)
         url = self.source.url(self.module)
-        return ["rsync", *_SAME, *session, *options, *known, url, self.target]
+        return ["rsync", *_SAME, *session, *options, url, self.target]
 
 
 def _session(source: From, timeout_s: int, connect_timeout_s: int) -> tuple[str, ...]:

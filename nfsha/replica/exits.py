@@ -134,9 +134,9 @@ class Complaints:
         return self.lines[0] if self.lines else "rsync gave no reason"
 
     @property
-    def full(self) -> bool:
-        """This side's filesystem had no room, or a quota stopped it."""
-        return any(number in self.first_of for number in (errno.ENOSPC, errno.EDQUOT))
+    def full(self) -> str:
+        """The first message that this side's filesystem had no room, or a quota stopped it."""
+        return self.first_of.get(errno.ENOSPC) or self.first_of.get(errno.EDQUOT) or ""
 
     @property
     def only_blocked(self) -> bool:

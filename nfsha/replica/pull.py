@@ -162,11 +162,11 @@ class _Tally:
     created: int = 0
     deletions: int = 0
     entries: int | None = None
-    full: bool = False
+    full: str = ""
 
     def add(self, run: _Run) -> None:
         self.endings.append(run.ending)
-        self.full |= run.complaints.full
+        self.full = self.full or run.complaints.full
         self.vanished += run.complaints.vanished
         self.vanished_count += run.complaints.vanished_count
         if run.stats is not None:
@@ -229,12 +229,14 @@ class Pull:
         except (ChildError, _ScratchError) as error:
             self._fail(str(error))
         except OSError as error:
-            self._tally.full |= error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._tally.full = str(error)
             self._fail(f"this node's volume: {error.strerror}")
         finally:
             self._running.set()
         if self._tally.full:
-            self._fail(await asyncio.to_thread(_shortage, self.request.root_fd))
+            shortage = await asyncio.to_thread(_shortage, self.request.root_fd)
+            self._fail(f"{shortage} ({self._tally.full})")
         return self._outcome(held, (self._clock_ms() - begun_ms) / 1000)
 
     async def end(self, within_s: float = _END_WITHIN_S) -> None:
@@ -654,7 +656,7 @@ def _shortage(root_fd: int) -> str:
     found = os.fstatvfs(root_fd)
     free_mib = found.f_bavail * found.f_frsize >> 20
     size_mib = found.f_blocks * found.f_frsize >> 20
-    lack = f"{free_mib} of {size_mib} MiB are free"
+    lack = f"{free_mib} of {size_mib} MiB are free now"
     few = max(_FEW_INODES, found.f_files // 1000)
     if found.f_files and found.f_favail < few and free_mib * 100 > size_mib:
         lack = f"hardly an inode is left ({found.f_favail} of {found.f_files} are free)"

@@ -353,7 +353,9 @@ def test_11_a_target_that_is_full(make_volume: Callable[..., LoopVolume], tmp_pa
     with PlainSource(tmp_path / "daemon", {UUID: source.path}) as daemon:
         outcome = pull(daemon, target.path, tmp_path)
         assert outcome.verdict is Verdict.FAILED, outcome
-        assert outcome.sentence.startswith("data: the volume on this node is full: 0 of ")
+        assert outcome.sentence.startswith("data: the volume on this node is full: ")
+        assert " MiB are free now; " in outcome.sentence
+        assert 'large": No space left on device (28))' in outcome.sentence
         assert "drop what is in its quarantine" in outcome.sentence
         assert "large" not in visible(target.path)
         (source.path / "large").unlink()

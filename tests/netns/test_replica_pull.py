@@ -275,15 +275,26 @@ def test_deletions_inside_a_listed_folder(pair: Pair) -> None:
     assert pair.differences() == []
 
 
-@pytest.mark.parametrize("listed", [(b".", b"a", b"a/below"), (b"a", b"a/below"), (b".",)])
+@pytest.mark.parametrize("listed", [(b".", b"a", b"a/below"), (b".", b"a/below"), (b".",)])
 def test_a_listed_folder_that_is_gone(pair: Pair, listed: tuple[bytes, ...]) -> None:
-    """Also when the journal named only itself, or only its parent."""
     for name in ("a/file", "a/below/file", "other"):
         write(pair.source / name)
     pair.first()
     shutil.rmtree(pair.source / "a")
     outcome = pair.listed(*listed)
     assert (outcome.verdict, outcome.deletions) == (Verdict.COMPLETE, 4), outcome
+    assert pair.differences() == []
+
+
+def test_a_folder_that_goes_after_it_was_listed_waits_for_its_parent(pair: Pair) -> None:
+    """Its removal is a change of the parent, which then is in the next list."""
+    for name in ("a/file", "a/below/file", "other"):
+        write(pair.source / name)
+    pair.first()
+    shutil.rmtree(pair.source / "a")
+    outcome = pair.listed(b"a", b"a/below")
+    assert (outcome.verdict, outcome.deletions) == (Verdict.COMPLETE, 0), outcome
+    assert pair.listed(b".").deletions == 4
     assert pair.differences() == []
 
 
