@@ -2,27 +2,30 @@
 
 It runs while this node serves, and is gone before authority leaves. It never fetches anything, and
 writes nothing into a volume but its identity and its stamp.
+
+What is published is published anew before each fetch; so a pass that begins after a write knows of
+it. In between only the kernel's queues of changes are emptied, and the notes for a restart written.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nfsha.core.model import Epoch
 from nfsha.replica import volumes
-from nfsha.replica.changes import ChangeJournal
+from nfsha.replica.changes import COLLECT_EVERY_MS, ChangeJournal
 from nfsha.replica.child import ChildStuckError
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.durable import write_durably
+from nfsha.replica.fresh import FRESH_WITHIN_S, Coalesced, NotFreshError
 from nfsha.replica.inventory import Inventory
 from nfsha.replica.published import ChangesError
 from nfsha.replica.source import EpochToken, Source, SourceVolume
@@ -31,8 +34,13 @@ from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json
 log = logging.getLogger(__name__)
 
 FACTS_NAME = "facts.json"
-PUBLISH_EVERY_S = 1.0
-"""How old the published lists of changes are at most, and with them a sync mark's start."""
+LOOK_EVERY_MS = 5000
+"""How often to look at the volumes, and to write the notes of what changed."""
+
+LISTS_WITHIN_S = FRESH_WITHIN_S / 3  # a fetch may have to wait for two of them
+"""A list of changes that takes longer (a search after a huge move, a disk that hangs) is left as it
+is, for the other volumes' sake. It says itself how old it is (`as_of_ns`), and a mark goes by that.
+"""
 
 
 def changes_name(uuid: str) -> str:
@@ -63,11 +71,17 @@ class Serving:
         self._max_changed_folders = max_changed_folders
         self._changed = changed
         self.journals: dict[str, ChangeJournal] = {}
+        self._drains: dict[str, Coalesced] = {}
+        self._lists: dict[str, Coalesced] = {}
+        self.fresh = Coalesced(self._publish)
+        """Publishes anew: what changed before it is called is in. Raises NotFreshError."""
+        source.fresh = self.fresh
         self.epoch: Epoch | None = None
         self.troubles: dict[str, str] = {}
         """What keeps a volume from being offered, by its name."""
         self._offered: dict[str, VolumeFacts] = {}
         self._unwatched: set[str] = set()
+        self._said = ""
 
     async def run(self, epoch: Epoch) -> None:
         """Offers the volumes of this epoch until it is cancelled; then all of it is gone."""
@@ -77,9 +91,8 @@ class Serving:
             while True:
                 await self._inventory.look()
                 await self._offer(epoch)
-                for _ in range(5):
-                    await self._publish(epoch)
-                    await asyncio.sleep(PUBLISH_EVERY_S)
+                await self._publish_at_times()
+                await self._collect_until(self._clocks.now_ms() + LOOK_EVERY_MS)
         finally:
             await self._end()
 
@@ -89,9 +102,8 @@ class Serving:
             await self.source.stop()
         except ChildStuckError as error:
             log.error("the source's rsync daemon cannot be ended: %s", error)
-        for journal in self.journals.values():
-            journal.close()
-        self.journals.clear()
+        for uuid in tuple(self.journals):
+            self._end_journal(uuid)
         self._offered.clear()
         self.troubles.clear()
 
@@ -135,14 +147,14 @@ class Serving:
 
     async def _watch(self, fit: Mapping[str, VolumeFacts]) -> None:
         for uuid in self.journals.keys() - fit.keys():
-            self.journals.pop(uuid).close()
+            self._end_journal(uuid)
         for uuid, one in fit.items():
             known = self.journals.get(uuid)
             if known is not None and not known.ended:
                 continue
             if known is not None:
                 log.warning("volume %s: the change journal ended: %s", one.name, known.ended)
-                self.journals.pop(uuid).close()
+                self._end_journal(uuid)
             await self._begin_journal(uuid, one)
 
     async def _begin_journal(self, uuid: str, one: VolumeFacts) -> None:
@@ -167,23 +179,44 @@ class Serving:
                 self._unwatched.add(uuid)
                 log.warning("volume %s: each pass is a full walk: %s", one.name, error)
         else:
+            path = self.source.public / changes_name(uuid)
             self.journals[uuid] = journal
+            self._drains[uuid] = _threaded(journal.collect)
+            self._lists[uuid] = _threaded(journal.publish, path)
         finally:
             os.close(root_fd)
 
+    def _end_journal(self, uuid: str) -> None:
+        del self._drains[uuid], self._lists[uuid]
+        self.journals.pop(uuid).close()
+
+    async def _collect_until(self, end_ms: int) -> None:
+        """Empties the kernel's queues before they are full, each journal as often as it asks."""
+        while (rest_ms := end_ms - self._clocks.now_ms()) > 0:
+            again_ms = (one.collect_again_in_ms for one in self.journals.values())
+            await asyncio.sleep(min(rest_ms, COLLECT_EVERY_MS, *again_ms) / 1000)
+            await _all_within(self._drains.values(), COLLECT_EVERY_MS / 1000)
+
     # ------------------------------------------------------------- what is published
 
-    async def _publish(self, epoch: Epoch) -> None:
+    async def _publish_at_times(self) -> None:
+        """Also without a fetch: for the journals' notes, and to say it when it does not work."""
+        try:
+            await self.fresh()
+        except NotFreshError as error:
+            if str(error) != self._said:
+                log.warning("%s", error)
+            self._said = str(error)
+        else:
+            self._said = ""
+
+    async def _publish(self) -> None:
+        epoch, public = self.epoch, self.source.public
+        if epoch is None:
+            raise NotFreshError("this node does not serve any more")
         as_of_ns = self._clocks.wall_ns()
-        public = self.source.public
-        for uuid, journal in tuple(self.journals.items()):
-            try:
-                await asyncio.to_thread(journal.publish, public / changes_name(uuid))
-            except ChangesError as error:
-                log.warning("the changes of volume %s are not published: %s", uuid, error)
-        for uuid in _published(public) - self.journals.keys():
-            with contextlib.suppress(FileNotFoundError):
-                (public / changes_name(uuid)).unlink()
+        for error in await _all_within(self._lists.values(), LISTS_WITHIN_S):
+            raise NotFreshError(f"the changes are not published: {error}") from error
         facts = {
             "nfsha_facts": 1,
             "epoch": {"number": epoch.number, "id": epoch.id, "authority": str(epoch.authority)},
@@ -192,9 +225,11 @@ class Serving:
         }
         data = json.dumps(facts, sort_keys=True).encode()
         try:
+            for uuid in _published(public) - self.journals.keys():
+                (public / changes_name(uuid)).unlink(missing_ok=True)
             await asyncio.to_thread(write_durably, public / FACTS_NAME, data)
         except OSError as error:
-            log.warning("the facts for the other node cannot be written: %s", error)
+            raise NotFreshError(f"cannot write into {public}: {error.strerror}") from error
 
     def acknowledge(self, applied: Mapping[str, tuple[str, int]]) -> None:
         """The other node has applied so much of each volume's journal: (journal id, sequence)."""
@@ -225,6 +260,31 @@ def _own(one: VolumeFacts, epoch: Epoch) -> VolumeFacts:
     if one.stamp != epoch:
         volumes.write_stamp(one, epoch)
     return replace(one, stamp=epoch)
+
+
+def _threaded(call: Callable[..., object], *args: object) -> Coalesced:
+    return Coalesced(lambda: asyncio.to_thread(call, *args))
+
+
+async def _all_within(
+    calls: Iterable[Callable[[], Awaitable[None]]], within_s: float
+) -> list[ChangesError]:
+    """Waits for all calls, or so long; returns what the journals refused."""
+    tasks = [asyncio.ensure_future(call()) for call in calls]
+    if not tasks:
+        return []
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=within_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+    failures = []
+    for task in done:
+        try:
+            task.result()
+        except ChangesError as error:
+            failures.append(error)
+    return failures
 
 
 def _published(public: Path) -> set[str]:

@@ -10,6 +10,8 @@ for its `pre-xfer exec` before it sends anything. That program looks at the root
 that is going to send (/proc/PID/root), so no mount or unmount can come between the check and
 the transfer. A path, or a check before the chroot, could be another filesystem a moment later. An
 unmounted or empty volume has no identity file, and so is refused instead of sent as empty.
+
+The control module waits in the same way until this node has published anew (`nfsha.replica.fresh`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -34,6 +36,7 @@ from nfsha.core.model import Epoch
 from nfsha.replica.child import Child, ChildError, ChildStuckError, Priority
 from nfsha.replica.doorkeeper import admit_only
 from nfsha.replica.durable import read_small, write_durably
+from nfsha.replica.fresh import Doorbell, NotFreshError
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +179,9 @@ class Source:
         if _PLAIN_PATH.fullmatch(str(folder)) is None:
             raise ValueError(f"{folder}: only letters, digits and ._+- may be in its name")
         self.public = folder / "public"
+        self.fresh: Callable[[], Awaitable[None]] | None = None
+        """Publishes anew into `public`, or raises NotFreshError; a fetch from there waits for it.
+        None: what lies there is sent. It must be set before the first `serve`."""
         self.trouble = ""
         """Why nothing is served although it should be; empty if all is well."""
         self.refused: Mapping[str, str] = {}
@@ -199,6 +205,7 @@ class Source:
         self._offer: _Offer | None = None
         self._child: Child | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._doorbell = Doorbell(folder, "fresh", self._publish)
         self._enough = asyncio.Event()
         self._settled = asyncio.Event()  # it is up, or it is known why not
         self._up = False
@@ -239,6 +246,7 @@ class Source:
         self._stops += 1
         async with self._turn:
             await self._end()
+            await self._doorbell.close()
             self._remove_files()
             self.trouble = ""
 
@@ -252,6 +260,7 @@ class Source:
         try:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._writer, self._write, offer)
+            await self._doorbell.open()
         except OSError as error:
             self.trouble = f"cannot write into {self._folder}: {error.strerror}"
             self._settled.set()
@@ -388,6 +397,11 @@ class Source:
         said = said or _last_line(self.log_path)
         return f"the rsync daemon ended with exit code {code} ({said or 'it said nothing'})"
 
+    async def _publish(self) -> None:
+        if self.fresh is None:
+            raise NotFreshError("this node publishes nothing")
+        await self.fresh()
+
     # ------------------------------------------------------------- its files
 
     @property
@@ -402,6 +416,10 @@ class Source:
     def _check_path(self) -> Path:
         return self._folder / "check-volume"
 
+    @property
+    def _ask_path(self) -> Path:
+        return self._folder / "ask-fresh"
+
     def _write(self, offer: _Offer) -> None:
         """Writes what the daemon reads; it reads its configuration again for each connection."""
         for folder, mode in ((self._folder, 0o700), (self.public, 0o755)):
@@ -409,6 +427,7 @@ class Source:
             folder.chmod(mode)
         secret = f"{offer.token.user}:{offer.token.password}\n"
         write_durably(self._check_path, _CHECK.encode(), mode=0o600)
+        write_durably(self._ask_path, self._doorbell.script(), mode=0o600)
         write_durably(self._secrets_path, secret.encode(), mode=0o600)
         write_durably(self._config_path, self._config(offer), mode=0o600)
 
@@ -446,6 +465,8 @@ class Source:
             f"[{CONTROL_MODULE}]".encode(),
             b"path = " + config_path(self.public),
         ]
+        if self.fresh is not None:
+            lines.append(f"pre-xfer exec = /bin/sh {self._ask_path}".encode())
         for volume, device in offer.volumes.items():
             lines += [
                 f"[{volume.module}]".encode(),

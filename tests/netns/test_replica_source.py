@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -14,16 +15,22 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import doorkeeper, rsync_version
+from nfsha.replica import doorkeeper, fresh, rsync_version
+from nfsha.replica.clocks import Clocks
+from nfsha.replica.fresh import Coalesced, NotFreshError
+from nfsha.replica.inventory import Inventory
+from nfsha.replica.published import Published, read_published
+from nfsha.replica.serving import Serving
 from nfsha.replica.source import (
     CONTROL_MODULE,
     MAX_LOG_BYTES,
@@ -39,6 +46,7 @@ from tests.netns.volumekit import LoopVolume, make_volume
 __all__ = ["make_volume"]
 
 PORT = 7911
+OVER_IPV6: dict[str, Any] = {"listen": "fd00:9:1::1", "peer": "fd00:9:1::2"}
 SECRET = b"k" * 32
 EPOCH = Epoch(4, "00112233aabbccdd", Role.PRIMARY)
 TOKEN = epoch_token(SECRET, EPOCH)
@@ -75,9 +83,14 @@ def clock_ms() -> int:
 
 @contextlib.asynccontextmanager
 async def offered(
-    folder: Path, *volumes: SourceVolume, listen: str = "10.9.1.1", peer: str = "10.9.1.2"
+    folder: Path,
+    *volumes: SourceVolume,
+    listen: str = "10.9.1.1",
+    peer: str = "10.9.1.2",
+    fresh: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Source]:
     source = Source(folder / "source", listen, PORT, peer, clock_ms)
+    source.fresh = fresh
     try:
         await source.serve(TOKEN, volumes)
         yield source
@@ -223,8 +236,7 @@ def test_another_address_gets_no_answer_with_the_right_token(
     net: Net, volume: Fixture, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        ends = {"listen": "fd00:9:1::1", "peer": "fd00:9:1::2"}
-        async with offered(tmp_path / "6", volume[1], **ends), offered(tmp_path, volume[1]):
+        async with offered(tmp_path / "6", volume[1], **OVER_IPV6), offered(tmp_path, volume[1]):
             for place, host in (
                 (net.stranger, "10.9.1.1"),
                 (net.source, "10.9.1.1"),
@@ -548,8 +560,7 @@ def test_a_taken_port_and_a_missing_address_are_said_and_waited_for(
 
 def test_ipv6(net: Net, volume: Fixture, tmp_path: Path) -> None:
     async def main() -> None:
-        ends = {"listen": "fd00:9:1::1", "peer": "fd00:9:1::2"}
-        async with offered(tmp_path, volume[1], **ends) as source:
+        async with offered(tmp_path, volume[1], **OVER_IPV6) as source:
             assert source.running, source.trouble
             answer = await rsync(net.peer, f"SOURCE/{volume[1].module}/", host="[fd00:9:1::1]")
             assert answer.code == 0, answer
@@ -771,3 +782,330 @@ def test_a_package_that_mended_an_old_number_is_believed() -> None:
         assert "CVE-2026-43618" not in await left("3.2.7-1+deb12u10")
 
     asyncio.run(main())
+
+
+# --- what is published is fresh -------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def serving(folder: Path, loop: LoopVolume) -> AsyncIterator[Serving]:
+    """A node that serves this volume, and looks at it, watches it and publishes as the daemon."""
+    notes = folder / "notes"
+    notes.mkdir()
+    one = Serving(
+        Inventory(loop.path.parent, clock_ms),
+        Source(folder / "source", "10.9.1.1", PORT, "10.9.1.2", clock_ms),
+        notes,
+        token=lambda _: TOKEN,
+        clocks=Clocks(clock_ms, time.time_ns),
+        max_changed_folders=10_000,
+        changed=lambda: None,
+    )
+    task = asyncio.create_task(one.run(EPOCH))
+    try:
+        async with asyncio.timeout(10):
+            await until(lambda: one.source.running and one.journals)
+        yield one
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.fixture
+def served(make_volume: Callable[..., LoopVolume], tmp_path: Path) -> LoopVolume:
+    at = tmp_path / "nfs" / "data"
+    at.mkdir(parents=True)
+    return make_volume(at=at)
+
+
+async def fetched(net: Net, into: Path) -> tuple[Published, int]:
+    """The one volume's list, and since when all is in the facts, as the peer gets them now."""
+    names = ("--include=/facts.json", "--include=/changes-*", "--exclude=*")
+    answer = await rsync(net.peer, "-c", *names, f"SOURCE/{CONTROL_MODULE}/", f"{into}/")
+    assert answer.code == 0, answer
+    return read_fetched(into)
+
+
+def read_fetched(into: Path) -> tuple[Published, int]:
+    [path] = into.glob("changes-*")
+    facts = json.loads((into / "facts.json").read_text())
+    return read_published(path.read_bytes()), facts["as_of_ns"]
+
+
+def test_what_was_written_before_a_fetch_is_in_what_is_fetched(
+    net: Net, served: LoopVolume, tmp_path: Path
+) -> None:
+    took_s = []
+
+    async def main() -> None:
+        async with serving(tmp_path, served):
+            for number in range(50):
+                folder = served.path / f"folder{number}"
+                folder.mkdir()
+                (folder / "file").write_text("x")
+                written_ns, began = time.time_ns(), time.monotonic()
+                published, facts_ns = await fetched(net, tmp_path / "into")
+                took_s.append(time.monotonic() - began)
+                assert folder.name.encode() in dict(published.folders)
+                assert published.complete
+                assert written_ns < facts_ns <= published.as_of_ns < time.time_ns()
+
+    in_the_source(net, main)
+    print(f"a fetch took {sorted(took_s)[25] * 1000:.0f} ms, at most {max(took_s) * 1000:.0f} ms")
+
+
+def test_two_fetches_at_once_both_know_of_the_write_before(
+    net: Net, served: LoopVolume, tmp_path: Path
+) -> None:
+
+    async def main() -> None:
+        async with serving(tmp_path, served):
+            for number in range(8):
+                (served.path / f"folder{number}").mkdir()
+                (served.path / f"folder{number}" / "file").touch()
+                both = await asyncio.gather(
+                    *(fetched(net, tmp_path / f"into{side}") for side in range(2))
+                )
+                for published, _ in both:
+                    assert b"folder%d" % number in dict(published.folders)
+
+    in_the_source(net, main)
+
+
+def test_a_list_that_takes_long_is_left_as_it_is_and_says_how_old_it_is(
+    net: Net, served: LoopVolume, tmp_path: Path
+) -> None:
+
+    async def main() -> None:
+        async with serving(tmp_path, served) as one:
+            before, _ = await fetched(net, tmp_path / "into")
+            [journal] = one.journals.values()
+            threads = threading.active_count()
+            with journal._lock:  # as a search, or a disk that hangs, would hold it
+                for _ in range(2):
+                    began_ns = time.time_ns()
+                    after, facts_ns = await fetched(net, tmp_path / "into")
+                    assert after == before
+                    assert before.as_of_ns < began_ns < facts_ns
+                    assert 1.5e9 < time.time_ns() - began_ns < 6e9
+                assert threading.active_count() <= threads + 2  # one to publish, one to collect
+            after, facts_ns = await fetched(net, tmp_path / "into")
+            assert facts_ns <= after.as_of_ns
+
+    in_the_source(net, main)
+
+
+class Publishing:
+    """Publishes a number that grows; `hangs` until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.public = Path()
+        self.number = 0
+        self.hangs = False
+        self.begun = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.begun.set()
+        if self.hangs:
+            await self.go_on.wait()
+        self.number += 1
+        (self.public / "number").write_text(str(self.number))
+
+
+@contextlib.asynccontextmanager
+async def publishing(
+    folder: Path, *volumes: SourceVolume
+) -> AsyncIterator[tuple[Source, Publishing]]:
+    call = Publishing()
+    async with offered(folder, *volumes, fresh=Coalesced(call)) as source:
+        call.public = source.public
+        yield source, call
+
+
+def control(net: Net, into: Path) -> Awaitable[Answer]:
+    return rsync(net.peer, "-c", f"SOURCE/{CONTROL_MODULE}/", f"{into}/")
+
+
+def test_nothing_is_sent_before_it_is_published(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+
+    async def main() -> None:
+        async with publishing(tmp_path) as (_, call):
+            assert (await control(net, into)).code == 0
+            assert (into / "number").read_text() == "1"
+            call.hangs = True
+            call.begun.clear()
+            fetch = asyncio.ensure_future(control(net, into))
+            await call.begun.wait()
+            await asyncio.sleep(0.3)
+            assert not fetch.done()
+            call.go_on.set()
+            assert (await fetch).code == 0
+            assert (into / "number").read_text() == "2"
+
+    in_the_source(net, main)
+
+
+def test_a_publishing_that_hangs_or_fails_refuses_the_fetch_in_time(
+    net: Net,
+    volume: Fixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one, into = volume[1], tmp_path / "into"
+
+    async def main() -> None:
+        async with publishing(tmp_path, one) as (source, call):
+            (source.public / "number").write_text("stale")
+            call.hangs = True
+            began = time.monotonic()
+            answers = await asyncio.gather(*(control(net, into) for _ in range(3)))
+            assert 1.0 < time.monotonic() - began < 3.0
+            for answer in answers:
+                assert answer.code != 0
+                assert "nothing fresh to send: publishing takes longer than 1 s" in answer.said
+            assert not (into / "number").exists()
+            assert (await rsync(net.peer, f"SOURCE/{one.module}/")).code == 0  # no matter
+            call.go_on.set()
+            assert (await control(net, into)).code == 0
+            assert (into / "number").read_text() != "stale"
+
+            async def fails() -> None:
+                raise NotFreshError("no room in /run")
+
+            source.fresh = fails
+            answer = await control(net, into)
+            assert answer.code != 0
+            assert "nothing fresh to send: no room in /run" in answer.said
+
+    monkeypatch.setattr(fresh, "FRESH_WITHIN_S", 1.0)
+    in_the_source(net, main)
+    said = [each for each in caplog.messages if "fetch is refused" in each]
+    assert len(said) == 2  # once for each cause
+
+
+def test_without_its_nfsha_the_source_refuses(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with publishing(tmp_path) as (source, _):
+            await source._doorbell.close()
+            began = time.monotonic()
+            answer = await control(net, tmp_path / "into")
+            assert answer.code != 0
+            assert "nothing fresh to send: it does not answer: No such file" in answer.said
+            assert time.monotonic() - began < 1.5
+
+    in_the_source(net, main)
+
+
+PUBLISHING_ALONE = SOURCE_ALONE.replace(
+    "    await source.serve(",
+    "    source.fresh = lambda: asyncio.sleep(0)\n"
+    "    fresh.ANSWER_WITHIN_S = 2.0\n"
+    "    await source.serve(",
+).replace("import asyncio,", "from nfsha.replica import fresh\nimport asyncio,")
+
+
+def test_an_nfsha_that_is_stopped_makes_its_source_refuse_in_time(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    _, one = volume
+    words = [str(tmp_path / "source"), TOKEN.user, TOKEN.password, one.uuid, str(one.path)]
+
+    async def main(process: subprocess.Popen[str]) -> None:
+        assert (await control(net, tmp_path / "into")).code == 0
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        answer = await control(net, tmp_path / "into")
+        assert answer.code != 0
+        assert "nothing fresh to send: it did not answer within 2 s" in answer.said
+        assert 2.0 < time.monotonic() - began < 4.0
+        process.send_signal(signal.SIGCONT)
+        assert (await control(net, tmp_path / "into")).code == 0
+
+    with inside(net.source):
+        process = subprocess.Popen(
+            [sys.executable, "-c", PUBLISHING_ALONE, *words], stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            asyncio.run(main(process))
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_a_script_that_is_killed_leaves_nothing_and_the_next_one_works(
+    net: Net, volume: Fixture, tmp_path: Path
+) -> None:
+    folder, into = tmp_path / "source", tmp_path / "into"
+
+    def script(source: Source) -> psutil.Process | None:
+        for each in daemon(source).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if str(folder) in each.cmdline() and each.cmdline()[0] == sys.executable:
+                    return each
+        return None
+
+    async def main() -> None:
+        async with publishing(tmp_path) as (source, call):
+            assert (await control(net, into)).code == 0
+            before = sorted(each.name for each in folder.iterdir())
+            for _ in range(3):
+                call.hangs = True
+                call.begun.clear()
+                call.go_on.clear()
+                fetch = asyncio.ensure_future(control(net, into))
+                await call.begun.wait()
+                found = script(source)
+                assert found is not None
+                found.kill()
+                assert (await asyncio.wait_for(fetch, 3)).code != 0
+                call.hangs = False
+                call.go_on.set()
+                assert sorted(each.name for each in folder.iterdir()) == before
+                assert (await control(net, into)).code == 0
+                await until(lambda: not source._doorbell._waiting)
+
+    in_the_source(net, main)
+
+
+def test_what_is_said_at_its_socket_does_no_harm(net: Net, volume: Fixture, tmp_path: Path) -> None:
+    path = tmp_path / "source" / "fresh"
+
+    def ring(said: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(5)
+            line.connect(str(path))
+            with contextlib.suppress(OSError):  # it hangs up before it has all
+                line.sendall(said)
+            with contextlib.suppress(ConnectionResetError):
+                return line.recv(1000)
+            return b""
+
+    async def main() -> None:
+        async with publishing(tmp_path) as (_, call):
+            assert path.stat().st_mode & 0o777 == 0o600
+            for said in (b"", b"\0" * 100, b"x" * (4 << 20)):
+                assert await asyncio.to_thread(ring, said) in (b"fresh\n", b"")
+            call.hangs = True
+            with contextlib.ExitStack() as stack:
+                answers = []
+                for _ in range(2 * fresh.MAX_WAITING):
+                    line = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    await asyncio.to_thread(line.connect, str(path))
+                    answers.append(line)
+                refused = [
+                    await asyncio.to_thread(line.recv, 100) for line in answers[fresh.MAX_WAITING :]
+                ]
+                assert refused == [b"too many ask at once\n"] * fresh.MAX_WAITING
+            call.go_on.set()
+            call.hangs = False
+            assert call.number <= 4
+            assert (await control(net, tmp_path / "into")).code == 0
+        assert not path.exists()
+
+    in_the_source(net, main)

@@ -51,7 +51,6 @@ def test_the_ordinary_pass_asks_for_the_changed_folders_only(copies: Copies) -> 
     before = copies.copy()
     (folder / "one").write_bytes(b"12")
     (folder / "two").write_bytes(b"2")
-    time.sleep(1.2)
     copies.sync()
     after = copies.copy()
     assert after["last"]["walk"] == "folders"

@@ -1,7 +1,8 @@
-"""What stands in rsyncd.conf, and whose credentials are whose."""
+"""What stands in rsyncd.conf, whose credentials are whose, and who shares a publishing."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from ipaddress import IPv4Address, IPv6Address
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica.doorkeeper import filter_for
+from nfsha.replica.fresh import Coalesced, NotFreshError
 from nfsha.replica.source import (
     EpochToken,
     PathRefusedError,
@@ -134,3 +136,69 @@ def test_only_a_larger_offer_under_the_same_token_lets_connections_go_on() -> No
     assert not small.is_within(_Offer(later, {one: 7}))
     assert not small.is_within(_Offer(token, {one: 9}))
     assert not small.is_within(_Offer(token, {moved: 7}))
+
+
+class Publishing:
+    """A call that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self._may_end = asyncio.Semaphore(0)
+        self.fails = False
+        self.end_one = self._may_end.release
+
+    async def __call__(self) -> None:
+        assert self.begun == self.ended, "two at a time"
+        self.begun += 1
+        await self._may_end.acquire()
+        self.ended += 1
+        if self.fails:
+            raise NotFreshError("no room")
+
+
+async def turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_who_asks_while_it_is_published_gets_the_next_and_all_share_it() -> None:
+    async def main() -> None:
+        call = Publishing()
+        fresh = Coalesced(call)
+        first = [asyncio.ensure_future(fresh()) for _ in range(3)]
+        await turns()
+        assert call.begun == 1
+        later = [asyncio.ensure_future(fresh()) for _ in range(3)]
+        await turns()
+        call.end_one()
+        await turns()
+        assert (call.begun, call.ended) == (2, 1)
+        assert [each.done() for each in (*first, *later)] == [True] * 3 + [False] * 3
+        call.end_one()
+        await asyncio.gather(*first, *later)
+        call.end_one()
+        await fresh()
+        assert (call.begun, call.ended) == (3, 3)
+
+    asyncio.run(main())
+
+
+def test_who_gives_up_ends_nothing_and_a_failure_reaches_all_who_wait() -> None:
+    async def main() -> None:
+        call = Publishing()
+        fresh = Coalesced(call)
+        waiting = [asyncio.ensure_future(fresh()) for _ in range(3)]
+        await turns()
+        waiting.pop().cancel()
+        await turns()
+        assert (call.begun, call.ended) == (1, 0)
+        call.fails = True
+        call.end_one()
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [str(each) for each in found] == ["no room"] * 2
+        call.fails = False
+        call.end_one()
+        await fresh()
+        assert call.ended == 2
+
+    asyncio.run(main())
