@@ -66,6 +66,7 @@ class Guard(StrEnum):
     # replica
     RECORDED = "peer-epoch-recorded"
     RESYNC = "resync-needed"
+    VOLUMES_UNSEEN = "volumes-unseen"
     # commands
     ALLOWED = "allowed"
     SERVES = "serves"
@@ -122,9 +123,9 @@ def waiting(state: State, now_ms: int) -> Guard:
         return _waiting_without_epoch(state, now_ms)
     if state.is_authority:
         return _waiting_authority(state, now_ms)
-    if lease.peer_heard(state, now_ms):
-        return Guard.PEER_IS_AUTHORITY
-    return Guard.PEER_UNHEARD
+    if not lease.peer_heard(state, now_ms):
+        return Guard.PEER_UNHEARD
+    return Guard.PEER_IS_AUTHORITY if state.volumes_seen else Guard.VOLUMES_UNSEEN
 
 
 def _waiting_without_epoch(state: State, now_ms: int) -> Guard:

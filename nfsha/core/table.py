@@ -130,6 +130,8 @@ _WAITING = (
           "data is the truth (`nfsha activate` there)"),
     _stay("W89", P.WAITING, G.COOLING,
           "a lease in the kernel was lost a moment ago: tries again within a second"),
+    _stay("W88", P.WAITING, G.VOLUMES_UNSEEN,
+          "the peer is the authority; waits for the first look at the own volumes"),
     _stay("W98", P.WAITING, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
 

@@ -88,7 +88,7 @@ class Course:
 
     def plan(self) -> list[str]:
         """Compares, and names what would be done. Changes nothing."""
-        says = ("-n", "--delete", "--out-format=%i %n", "--info=stats2", *_OLD_PARTS)
+        says = ("-n", "--delete", "--out-format=%i %n %l %M", "--info=stats2", *_OLD_PARTS)
         return self._line(*says, *self._reads(), *self._scope(self.list_path))
 
     def copy(self, *, make_way: int, bandwidth_kib_s: int | None, aside: bool = True) -> list[str]:

@@ -1,8 +1,9 @@
 """Which deletions a pass would do, and whether it may.
 
-A plan is read from a dry run of rsync, `--out-format='%i %n'`: the deletions by name, and whether
-there is anything to copy. It must not delete, and it must not look at a volume except to see
-whether anything would be left of it (`leaves_something`).
+A plan is read from a dry run of rsync, `--out-format='%i %n %l %M'`: the deletions by name, and
+what is to be copied. A file that only moved is both: deleted here, new there, of the same name,
+size and time. It must not delete, and it must not look at a volume except to see whether anything
+would be left of it (`leaves_something`), and which of the deletions are such moves (`moved`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from nfsha.replica.beneath import folder_at, shown
 from nfsha.replica.exits import decode_name
 from nfsha.replica.progress import Tail
 
-__all__ = ["DeleteLimits", "DeletionPlan", "PlanReader", "leaves_something", "ruling"]
+__all__ = ["DeleteLimits", "DeletionPlan", "PlanReader", "leaves_something", "moved", "ruling"]
 
-MAX_NAMES: Final = 10_000
+MAX_NAMES: Final = 50_000
 """So many names a plan keeps; its count and its hash are always of all."""
+MAX_ARRIVALS: Final = 200_000
+"""Of so many new files the plan remembers what they look like; others are no moves for it."""
 MAX_FOLDERS: Final = 20_000
 """With more folders than this to set right a whole walk is cheaper than a list."""
 OWN_ROOT_NAMES: Final = (
@@ -74,15 +78,21 @@ class DeletionPlan:
     """Those of `files` that bear a name as rsync gives to what it is receiving."""
 
 
-def ruling(plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool) -> str:
-    """Why the plan must wait for an operator; empty when it may be carried out."""
+def ruling(
+    plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool, moved: int = 0
+) -> str:
+    """Why the plan must wait for an operator; empty when it may be carried out.
+
+    Files that only `moved` are not lost by it, and folders alone hold no data.
+    """
     if plan.count == 0 or plan.hash == limits.accepted_plan:
         return ""
+    lost = plan.files - moved
     first = shown(plan.names[0])
-    what = f"{plan.count} deletions (the first: {first})"
+    what = f"deletions of {lost} files (the first of all: {first})"
     if not leaves_something:
         return f"{what} would leave no file at all on this copy"
-    if plan.count > limits.allowed:
+    if lost > limits.allowed:
         return (
             f"{what} are more than {limits.files}, and more than {limits.percent} % of the"
             f" {limits.known_files} files of the last pass"
@@ -93,6 +103,9 @@ def ruling(plan: DeletionPlan, limits: DeleteLimits, *, leaves_something: bool) 
 # rsync's receiver.c, get_tmpname: a dot, the name (cut if it is long), a dot, six characters.
 _TEMPORARY = re.compile(rb"(?:.*/)?\.[^/]*\.[A-Za-z0-9]{6}", re.S)
 _DELETION: Final = b"*deleting   "
+# Size and time, behind the name; rsync escapes a line's end in a name, so this is the last.
+_LOOKS = re.compile(rb" (\d+) (\d{4}/\d\d/\d\d-\d\d:\d\d:\d\d)\Z")
+_NEW: Final = b"+++++++++"
 _ITEM = re.compile(rb"([<>ch.])([fdLDS]).{9} ")
 
 
@@ -110,22 +123,34 @@ class PlanReader:
         """Deletions of partial files that nothing needs; they are not in the plan."""
         self.rest = Tail()
         """What is not an item: the counts, and rsync's remarks."""
+        self.arrivals: Counter[bytes] = Counter()
+        """What new files look like: name without folders, size, time."""
         self._names: list[bytes] = []
         self._digests = bytearray()
         self._too_many_folders = False
 
     def take(self, line: bytes) -> None:
         """Takes one line, without its end."""
+        looks = _LOOKS.search(line)
+        found = _ITEM.match(line)
+        if looks is None:
+            self.rest.add(line)
+            return
+        size, time = looks.groups()
+        line = line[: looks.start()]
         if line.startswith(_DELETION):
             self._deletion(decode_name(line[len(_DELETION) :]))
-        elif not (found := _ITEM.match(line)):
+        elif not found:
             self.rest.add(line)
         elif found[1] == b"." and found[2] == b"d":
             self._touched(decode_name(line[found.end() :]))
         else:
             self.copies += 1
+            name = decode_name(line[found.end() :])
+            if line[2:11] == _NEW and found[2] != b"d" and len(self.arrivals) < MAX_ARRIVALS:
+                self.arrivals[_looks(name, size, time)] += 1
             # A folder that was emptied to make way for this: it is no folder to look into.
-            self.parents.discard(decode_name(line[found.end() :]))
+            self.parents.discard(name)
 
     def finish(self) -> DeletionPlan:
         """The plan, once all is read; a second or so for a million names: call it in a thread."""
@@ -186,6 +211,35 @@ def _kind(name: bytes) -> bytes:
     if name.endswith(b"/"):
         return _FOLDER
     return _STRAY if _TEMPORARY.fullmatch(name) else _FILE
+
+
+def _looks(name: bytes, size: bytes, time: bytes) -> bytes:
+    text = b"\0".join((name.rpartition(b"/")[2], size, time))
+    return hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
+
+
+def moved(root_fd: int, plan: DeletionPlan, arrivals: Counter[bytes]) -> int:
+    """How many of the files that would be deleted also arrive, under the same name elsewhere.
+
+    The same last name, size and second of the last change; each arrival counts once. `arrivals`
+    is in UTC, as the plan's rsync was told to write it. Blocks; looks at the files of the plan.
+    """
+    left = arrivals.copy()
+    found = 0
+    for name in plan.names:
+        if name.endswith(b"/"):
+            continue
+        try:
+            facts = os.stat(name, dir_fd=root_fd, follow_symlinks=False)
+        except OSError:
+            continue  # it proves nothing
+        second = datetime.fromtimestamp(facts.st_mtime_ns // 10**9, UTC)
+        text = second.strftime("%Y/%m/%d-%H:%M:%S").encode()
+        looks = _looks(name, b"%d" % facts.st_size, text)
+        if left[looks] > 0:
+            left[looks] -= 1
+            found += 1
+    return found
 
 
 def leaves_something(root_fd: int, deleted_files: int) -> bool:

@@ -44,6 +44,7 @@ from nfsha.replica.deletions import (
     DeletionPlan,
     PlanReader,
     leaves_something,
+    moved,
     ruling,
 )
 from nfsha.replica.exits import Complaints, Ending, Verdict, judge
@@ -316,7 +317,7 @@ class Pull:
         if run.went_through:
             plan = await asyncio.to_thread(reader.finish)
             self._plan = plan if plan.count else None
-            held = await asyncio.to_thread(self._ruling)
+            held = await asyncio.to_thread(self._ruling, reader)
             may_delete = bool(plan.count or reader.old_parts) and not held
         ceiling = min(self._ceiling + reader.old_parts, _INT_MAX) if may_delete else 0
         if reader.copies:
@@ -441,7 +442,8 @@ class Pull:
             self._child = child = await Child.start(
                 argv,
                 name=self._called(what),
-                env={"RSYNC_PASSWORD": self.request.source.token.password},
+                # Times of a plan are compared with those of files here: by one time zone.
+                env={"RSYNC_PASSWORD": self.request.source.token.password, "TZ": "UTC"},
                 pass_fds=(self.request.root_fd,),
                 priority=Priority.LOW,
                 on_line=on_line,
@@ -471,7 +473,7 @@ class Pull:
 
     # ------------------------------------------------------------- judging
 
-    def _ruling(self) -> str:
+    def _ruling(self, reader: PlanReader) -> str:
         """Why the plan has to wait; looks at the volume, so it blocks."""
         plan = self._plan
         if plan is None:
@@ -480,7 +482,8 @@ class Pull:
         # Before the first complete pass, what a killed one left of rsync's own is no data.
         files = plan.files if limits.known_files else plan.files - plan.strays
         left = not files or leaves_something(self.request.root_fd, plan.files)
-        return ruling(plan, limits, leaves_something=left)
+        moves = moved(self.request.root_fd, plan, reader.arrivals) if reader.arrivals else 0
+        return ruling(plan, limits, leaves_something=left or moves == plan.files, moved=moves)
 
     def _only_gone(self, complaints: Complaints) -> bool:
         """Whether all that vanished are listed folders, or folders on the way to them.

@@ -160,8 +160,7 @@ class Replicator:
         """Ends everything; no process is left when it returns."""
         if self._conductor is not None:
             self._conductor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._conductor
+            await asyncio.wait([self._conductor])
         await self.fetching.stop()
         await self._end_serving()
 
@@ -206,8 +205,8 @@ class Replicator:
         task, self._serving_task = self._serving_task, None
         if task is not None:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            # Not `await task`: its end and the cancelling of who waits here would look alike.
+            await asyncio.wait([task])
 
     async def _conduct(self) -> None:
         """Looks at the volumes from time to time, and keeps the side that runs the right one."""

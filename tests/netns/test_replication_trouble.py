@@ -125,6 +125,15 @@ def test_a_source_unmounted_in_the_middle_deletes_nothing(
     assert (copies.here("b") / "was-here").read_text() == "kept"
 
 
+def test_both_daemons_end_when_asked_and_leave_no_process(copies: Copies) -> None:
+    copies.settle_whole()
+    for node in "ba":
+        daemon = copies.daemon(node)
+        children = psutil.Process(daemon.pid).children(recursive=True)
+        daemon.stop(5.0)
+        assert [one for one in children if one.is_running()] == []
+
+
 # ------------------------------------------------------------------ disks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from nfsha.replica.deletions import (
     ruling,
 )
 
+OLD = b" 0 1970/01/01-00:00:00"
+ITEM = re.compile(rb"(?:\*deleting|[<>ch.][fdL])")
+
 
 def read(*lines: bytes) -> PlanReader:
     reader = PlanReader()
     for line in lines:
-        reader.take(line)
+        reader.take(line + OLD if ITEM.match(line) else line)
     return reader
 
 
@@ -143,5 +147,49 @@ def test_whether_something_is_left(tmp_path: Path) -> None:
     try:
         assert leaves_something(root, 3)
         assert not leaves_something(root, 4)
+    finally:
+        os.close(root)
+
+
+def test_a_file_that_only_moved_is_no_loss(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "old" / name).write_text(name)
+        os.utime(tmp_path / "old" / name, (0, 86400))
+    reader = PlanReader()
+    for line in (
+        b">f+++++++++ new/one 3 1970/01/02-00:00:00",
+        b">f+++++++++ new/two 4 1970/01/02-00:00:00",
+        b"*deleting   old/one 0 1970/01/01-00:00:00",
+        b"*deleting   old/two 0 1970/01/01-00:00:00",
+        b"*deleting   old/ 0 1970/01/01-00:00:00",
+    ):
+        reader.take(line)
+    plan = reader.finish()
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert deletions.moved(root, plan, reader.arrivals) == 1, "two is of another size there"
+    finally:
+        os.close(root)
+    strict = limits(files=0, percent=0)
+    assert "deletions of 1 files" in ruling(plan, strict, leaves_something=True, moved=1)
+    assert ruling(plan, strict, leaves_something=True, moved=2) == ""
+
+
+def test_one_arrival_stands_for_one_deletion_only(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x").write_text("same")
+        os.utime(tmp_path / folder / "x", (0, 0))
+    reader = PlanReader()
+    for line in (
+        b">f+++++++++ c/x 4 1970/01/01-00:00:00",
+        b"*deleting   a/x 0 1970/01/01-00:00:00",
+        b"*deleting   b/x 0 1970/01/01-00:00:00",
+    ):
+        reader.take(line)
+    root = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert deletions.moved(root, reader.finish(), reader.arrivals) == 1
     finally:
         os.close(root)
