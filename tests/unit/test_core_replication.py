@@ -16,6 +16,7 @@ from nfsha.core.model import (
     Role,
 )
 from nfsha.core.replication import Fetch, Offer, Rest, flow
+from nfsha.core.state import State
 from tests.unit import situations
 from tests.unit.situations import EPOCH, Node, Pair
 
@@ -38,6 +39,10 @@ def settled(*, whole: bool = True) -> Pair:
     return pair.run(3000)
 
 
+def phase_of(node: Node) -> Phase:
+    return node.state.phase
+
+
 def way(pair: Pair, node: Node) -> object:
     return flow(node.state, pair.now_ms)
 
@@ -47,14 +52,14 @@ def way(pair: Pair, node: Node) -> object:
 
 def test_data_flows_from_the_one_that_serves_to_the_other() -> None:
     pair = settled()
-    assert pair.primary.state.phase is Phase.ACTIVE
+    assert phase_of(pair.primary) is Phase.ACTIVE
     assert way(pair, pair.primary) == Offer(EPOCH)
     assert way(pair, pair.standby) == Fetch(EPOCH, start=True)
 
 
 def test_a_node_that_is_not_whole_fetches_too() -> None:
     pair = settled(whole=False)
-    assert pair.standby.state.phase is Phase.RETURNED
+    assert phase_of(pair.standby) is Phase.RETURNED
     assert way(pair, pair.standby) == Fetch(EPOCH, start=True)
 
 
@@ -91,12 +96,12 @@ def test_a_takeover_waits_until_nothing_receives_any_more() -> None:
     pair = settled()
     pair.primary.on = False
     pair.run(3000)
-    assert pair.standby.state.phase is Phase.TAKEOVER
+    assert phase_of(pair.standby) is Phase.TAKEOVER
     assert way(pair, pair.standby) == Rest("nothing is fetched in TAKEOVER")
     number = pair.standby.state.flights["receivers"].number
     pair.standby.inbox.append(model.Completed(number, ReceiversStopped(ok=True)))
     pair.run(100)
-    assert pair.standby.state.phase is Phase.ACTIVE
+    assert phase_of(pair.standby) is Phase.ACTIVE
 
 
 def test_a_receiver_that_cannot_be_ended_is_a_fault_and_is_tried_again() -> None:
@@ -108,20 +113,20 @@ def test_a_receiver_that_cannot_be_ended_is_a_fault_and_is_tried_again() -> None
     pair.standby.inbox.append(model.Completed(number, stuck))
     pair.run(50)
     state = pair.standby.state
-    assert state.phase is Phase.FAULT
+    assert phase_of(pair.standby) is Phase.FAULT
     assert "rsync 4711" in state.fitness_reason
     number = state.flights["receivers"].number
     pair.standby.inbox.append(model.Completed(number, ReceiversStopped(ok=True)))
     pair.primary.on = True
     pair.run(1000)
-    assert pair.standby.state.phase is Phase.PASSIVE
+    assert phase_of(pair.standby) is Phase.PASSIVE
 
 
 def test_an_answer_that_never_comes_is_a_fault_too() -> None:
     pair = settled()
     pair.primary.on = False
     pair.run(13_000)
-    assert pair.standby.state.phase is Phase.FAULT
+    assert phase_of(pair.standby) is Phase.FAULT
     assert "within 10 s" in pair.standby.state.fitness_reason
 
 
@@ -129,7 +134,7 @@ def test_a_node_that_is_not_whole_serves_by_force_only() -> None:
     pair = settled(whole=False)
     pair.primary.on = False
     pair.run(3000)
-    assert pair.standby.state.phase is Phase.RETURNED
+    assert phase_of(pair.standby) is Phase.RETURNED
     assert pair.ask(pair.standby, CommandKind.ACTIVATE).row == "C18"
     assert pair.ask(pair.standby, CommandKind.ACTIVATE, force=True).row == "C10"
 
@@ -139,8 +144,9 @@ def test_whole_of_another_epoch_is_not_whole() -> None:
     state = pair.standby.state
     assert state.whole
     state.durable = Journal(Epoch(EPOCH.number + 1, "1" * 16, Role.PRIMARY))
-    assert not state.whole
-    assert state.whole_reason == "the volumes hold the data of another epoch"
+    after: State = pair.standby.state
+    assert not after.whole
+    assert after.whole_reason == "the volumes hold the data of another epoch"
 
 
 # --------------------------------------------------------------------------- stamps
@@ -148,10 +154,10 @@ def test_whole_of_another_epoch_is_not_whole() -> None:
 
 def test_until_the_volumes_were_looked_at_nothing_is_granted() -> None:
     pair = Pair(Journal(EPOCH), Journal(EPOCH), replicating).run(2000)
-    assert pair.primary.state.phase is Phase.WAITING
+    assert phase_of(pair.primary) is Phase.WAITING
     pair.standby.inbox.append(told(EPOCH))
     pair.run(300)
-    assert pair.primary.state.phase is Phase.ACTIVE
+    assert phase_of(pair.primary) is Phase.ACTIVE
 
 
 def test_a_stamp_above_the_journal_forbids_the_older_data_to_serve() -> None:
@@ -159,11 +165,11 @@ def test_a_stamp_above_the_journal_forbids_the_older_data_to_serve() -> None:
     pair.primary.inbox.append(told(EPOCH))
     pair.standby.inbox.append(told(EPOCH, whole=False, stamp=NEWER))
     pair.run(3000)
-    assert pair.primary.state.phase is Phase.WAITING
+    assert phase_of(pair.primary) is Phase.WAITING
     assert pair.standby.state.row == "R92"
     assert pair.ask(pair.standby, CommandKind.STOP).accepted
     pair.run(2000)
-    assert pair.primary.state.phase is Phase.WAITING, "no promise for older data"
+    assert phase_of(pair.primary) is Phase.WAITING, "no promise for older data"
 
 
 @pytest.mark.parametrize("name", ["primary", "standby"])
@@ -178,15 +184,15 @@ def test_an_operator_who_chooses_gets_an_epoch_above_every_stamp(name: str) -> N
     number = chosen.state.flights["receivers"].number
     chosen.inbox.append(model.Completed(number, ReceiversStopped(ok=True)))
     pair.run(2500)
-    assert chosen.state.phase is Phase.ACTIVE
+    assert phase_of(chosen) is Phase.ACTIVE
     assert chosen.state.epoch_number == NEWER.number + 1
 
 
 def test_a_node_is_blank_only_by_a_look() -> None:
     pair = Pair(None, None, replicating).run(1000)
-    assert pair.primary.state.phase is Phase.WAITING
+    assert phase_of(pair.primary) is Phase.WAITING
     assert not pair.primary.state.blank
     for node in (pair.primary, pair.standby):
         node.inbox.append(ReplicaChanged(whole=False, stamped=False))
     pair.run(500)
-    assert pair.primary.state.phase is Phase.ACTIVE
+    assert phase_of(pair.primary) is Phase.ACTIVE
