@@ -329,8 +329,8 @@ def config(role: str) -> str:
 
 
 def records_in(file: Path) -> frozenset[int]:
-    """Numbers of the records in a file of the client."""
-    content = file.read_bytes()
+    """Numbers of the records in a file of the client; none where there is no such file."""
+    content = file.read_bytes() if file.exists() else b""
     lines = (content[at : at + RECORD_BYTES] for at in range(0, len(content), RECORD_BYTES))
     return frozenset(int(line.split()[0]) for line in lines if line.strip(b"\0"))
 
@@ -344,6 +344,7 @@ class Demo:
         self.pair = Copies(lab)
         self.teller = Teller(self.pair, paper)
         self.prober: NullProber | None = None
+        self._from_wall_ns = lab.now_ns() - time.time_ns()
         self.dead_ns = 0
         self.booted_ns = 0
         self.window_ms = 0
@@ -417,15 +418,19 @@ class Demo:
     def _wait_pass(self, name: str, since_ns: int) -> dict[str, Any]:
         """Waits for a complete pass that began since a time (CLOCK_BOOTTIME) and returns it."""
         deadline = time.monotonic() + _PATIENCE_S
-        while self._began_ns(mark := self._mark(name)) <= since_ns:
+        while not since_ns < self._began_ns(mark := self._mark(name)) < self.lab.now_ns():
             if time.monotonic() > deadline:
                 raise LabError(f"no complete pass on the {NAMES[name]} within {_PATIENCE_S:.0f} s")
             time.sleep(0.05)
         return mark
 
     def _began_ns(self, mark: dict[str, Any]) -> int:
-        """When a pass began, by CLOCK_BOOTTIME; a mark has the wall clock."""
-        return int(mark["started_ns"]) - time.time_ns() + self.lab.now_ns()
+        """When a pass began, by CLOCK_BOOTTIME; a mark has the wall clock.
+
+        What is added is always the same: should somebody set the clock meanwhile, the marks made
+        before that are still told rightly.
+        """
+        return int(mark["started_ns"]) + self._from_wall_ns
 
     def _show_status(self, name: str) -> None:
         """`nfsha status`, down to the line about the ports, and what it says of the copy."""
@@ -448,6 +453,8 @@ class Demo:
         began_ns = self._began_ns(mark)
         known = [one for one in writer.so_far().attempts if not one.error]
         older = {one.number for one in known if one.ended_ns < began_ns}
+        if older - copy:
+            raise LabError(f"{len(older - copy)} records are missing after the pass {mark}")
         self.paper.text(
             f"The client writes numbered records by path: {len(known)} so far, each made stable by "
             "the server before the next one. The last complete pass on the standby began when "
