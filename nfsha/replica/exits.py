@@ -73,7 +73,8 @@ _VANISHED = re.compile(rb'^(?:rsync: )?(?:\[\w+\] )?(?:file|directory) has vanis
 _ERRNO = re.compile(rb"\((\d{1,3})\)$")
 _MAKE_WAY = b"could not make way for "
 _SUMMARY = (b"rsync error:", b"rsync warning:", b"Deletions stopped due to")
-_GONE_AT_SOURCE = re.compile(rb"^rsync: \[sender\] (?:link_stat|change_dir|opendir) .*\(2\)$")
+# ENOENT, ENOTDIR, ELOOP: what is opened there has been moved, or replaced by something else.
+_GONE_AT_SOURCE = re.compile(rb"^rsync: \[sender\] .*\((?:2|20|40)\)$")
 
 
 @dataclass(slots=True)
@@ -206,7 +207,7 @@ def _of_this_side(code: int, complaints: Complaints) -> Ending | None:
 
 def _partial(complaints: Complaints) -> Ending:
     if complaints.only_gone:
-        words = f"{_number(complaints.gone, 'folder')} left the source during the pass"
+        words = f"{_number(complaints.gone, 'thing')} left the source during the pass"
         return Ending(Verdict.INCOMPLETE, 23, words)
     if complaints.only_blocked:
         words = f"{_number(complaints.blocked, 'folder')} became something else at the source"
@@ -214,6 +215,9 @@ def _partial(complaints: Complaints) -> Ending:
     words = f"{_number(complaints.count, 'thing')} could not be copied, the first"
     return Ending(Verdict.FAILED, 23, f"{words}: {complaints.first}")
 
+
+_NOT_FRESH: Final = "nothing fresh to send"
+"""The source's daemon did not bring its lists up to date in time (`fresh`): it may next time."""
 
 _REFUSALS: Final = (
     ("auth failed", "it does not accept this node's key and epoch"),
@@ -230,6 +234,9 @@ def _no_session(code: int, complaints: Complaints) -> Ending:
     """The source answered, but gave no session; or (10) nobody answered."""
     if complaints.says("max connections"):
         return Ending(Verdict.RETRY, code, "the source serves as many copies as it may already")
+    stale = next((line for line in complaints.lines if _NOT_FRESH in line), "")
+    if stale:
+        return Ending(Verdict.RETRY, code, stale)
     for said, words in _REFUSALS:
         if complaints.says(said):
             return Ending(Verdict.REFUSED, code, f"the source refused: {words}")

@@ -14,6 +14,10 @@ NO_ROOM = b'rsync: [receiver] write failed on "/x" (in v-1): No space left on de
 NO_INODE = b'rsync: [receiver] mkstemp "/.x" failed: No space left on device (28)'
 UNREADABLE = b'rsync: [sender] opendir "/e" (in v-1) failed: Permission denied (13)'
 GONE = b'rsync: [sender] link_stat "/g" (in v-1) failed: No such file or directory (2)'
+REPLACED = (
+    b'rsync: [sender] send_files failed to open "/1/f" (in v-1): '
+    b"Too many levels of symbolic links (40)"
+)
 SUMMARY = b"rsync error: some files/attrs were not transferred (see previous errors) (code 23)"
 
 
@@ -34,6 +38,14 @@ def said(*lines: bytes) -> Complaints:
         (5, [b"@ERROR: max connections (4) reached -- try again later"], Verdict.RETRY),
         (10, [b"rsync: failed to connect to ::1: Connection refused (111)"], Verdict.RETRY),
         (10, [b"pre-xfer exec returned failure (256)"], Verdict.REFUSED),
+        (
+            10,
+            [
+                b"pre-xfer exec returned failure (256):",
+                b"nfsha has nothing fresh to send: publishing takes longer than 6 s",
+            ],
+            Verdict.RETRY,
+        ),
         (11, [NO_ROOM], Verdict.FAILED),
         (12, [], Verdict.RETRY),
         (12, [NO_ROOM], Verdict.FAILED),
@@ -44,6 +56,7 @@ def said(*lines: bytes) -> Complaints:
         (23, [NO_INODE, SUMMARY], Verdict.FAILED),
         (23, [GONE, SUMMARY], Verdict.INCOMPLETE),
         (23, [GONE, UNREADABLE, SUMMARY], Verdict.FAILED),
+        (23, [GONE, REPLACED, SUMMARY], Verdict.INCOMPLETE),
         (23, [b"could not make way for new symlink: a", SUMMARY], Verdict.INCOMPLETE),
         (24, [b'file has vanished: "/a" (in v-1)'], Verdict.INCOMPLETE),
         (25, [], Verdict.STOPPED),
