@@ -280,7 +280,9 @@ def _assemble_sync(reader: Reader, links: tuple[Link, ...]) -> Sync:
         port=reader.take(sync_keys.SYNC_PORT_KEY),
         every_ms=every_ms,
         cron=cron,
-        jitter_ms=reader.take(sync_keys.SYNC_JITTER_KEY),
+        jitter_ms=reader.take(
+            sync_keys.SYNC_JITTER_KEY, _jitter_ms(every_ms, *(one.every_ms for one in volumes))
+        ),
         full_every_ms=reader.take(sync_keys.SYNC_FULL_EVERY_KEY),
         verify_every_ms=reader.take(sync_keys.SYNC_VERIFY_EVERY_KEY),
         verify_bandwidth_kib_s=reader.take(sync_keys.SYNC_VERIFY_BANDWIDTH_KEY),
@@ -298,6 +300,12 @@ def _assemble_sync(reader: Reader, links: tuple[Link, ...]) -> Sync:
         max_changed_folders=reader.take(sync_keys.SYNC_MAX_CHANGED_FOLDERS_KEY),
         volumes=volumes,
     )
+
+
+def _jitter_ms(*periods_ms: int | None) -> int:
+    """What is not said otherwise: 2 s, but never more than half of a period."""
+    given = [period_ms for period_ms in periods_ms if period_ms is not None]
+    return min([sync_keys.JITTER_OTHERWISE_MS, *(period_ms // 2 for period_ms in given)])
 
 
 def _assemble_volume(

@@ -41,6 +41,7 @@ AS_ALL: Final = -1
 """The bandwidth of a volume that has none of its own."""
 
 EVERY_OTHERWISE_MS: Final = 30_000
+JITTER_OTHERWISE_MS: Final = 2000
 """`sync.every` where neither it nor `sync.cron` is given."""
 
 
@@ -145,6 +146,7 @@ SYNC_KEYS: Final[tuple[Key[Any], ...]] = (
         duration(0, _HOUR_MS),
         '"2s"',
         "Each pass begins up to so much later, so that not all volumes begin at once.",
+        "(at most half of each `every`)",
     ),
     SYNC_FULL_EVERY_KEY := optional(
         "sync.full_every",

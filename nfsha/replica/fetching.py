@@ -134,21 +134,24 @@ class Fetching:
         """Ends all passes; their processes are gone then. Returns what is stuck, or ""."""
         self.epoch = None
         self.may_start = False
-        stuck: list[str] = []
         under_way: list[tuple[str, Pull | Verify]] = [
             *self._pulls.items(),
             *self._verifies.items(),
         ]
-        for uuid, running in under_way:
-            try:
-                await running.end()
-            except ChildStuckError as error:
-                stuck.append(f"{self._name(uuid)}: {error}")
+        ends = await asyncio.gather(*(self._end_one(uuid, one) for uuid, one in under_way))
+        stuck = [words for words in ends if words]
         left = await self.schedule.cancel()
         if self._writes:  # in threads, which no cancelling ends
             await asyncio.wait(self._writes)
         stuck += [f"{self._name(uuid)}: its pass does not end" for uuid in left]
         return "; ".join(stuck)
+
+    async def _end_one(self, uuid: str, running: Pull | Verify) -> str:
+        try:
+            await running.end(at_once=True)
+        except ChildStuckError as error:
+            return f"{self._name(uuid)}: {error}"
+        return ""
 
     async def _write(self, call: Callable[..., _T], *args: Any, **more: Any) -> _T:  # noqa: ANN401
         """Writes into a volume, or beside it, in a thread that `end` waits for."""

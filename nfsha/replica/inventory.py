@@ -46,10 +46,12 @@ class Inventory:
         """Looks at the filesystems; returns the newest answer, with `trouble` when it is old."""
         async with self._turn:
             try:
-                self.here = await self._survey.look()
+                found = await self._survey.look()
             except VolumeError as error:
                 self.trouble = str(error)
             else:
+                # The root is there for its mount points; where it cannot be a volume it is none.
+                self.here = tuple(one for one in found if one.name != "." or not one.refused)
                 self.trouble = ""
                 self.looked_ms = self._clock_ms()
         return self.here

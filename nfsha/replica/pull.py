@@ -30,6 +30,7 @@ from typing import IO, Final
 from nfsha.replica.arguments import FETCH_TIMEOUT_S, INCOMING_NAME, Course, From, fetch, folder_list
 from nfsha.replica.beneath import make_private, parts_of, sync_filesystem
 from nfsha.replica.child import (
+    GRACE_S,
     Child,
     ChildError,
     ChildStuckError,
@@ -240,9 +241,11 @@ class Pull:
             self._fail(f"{shortage} ({self._tally.full})")
         return self._outcome(held, (self._clock_ms() - begun_ms) / 1000)
 
-    async def end(self, within_s: float = _END_WITHIN_S) -> None:
+    async def end(self, within_s: float = _END_WITHIN_S, *, at_once: bool = False) -> None:
         """Kills the pass; when this returns, nothing of it can touch the volume any more.
 
+        A moment is left to rsync to keep what it has of a large file. Not with `at_once`: one that
+        waits for a dead source would use it up, and a takeover waits with it.
         Raises ChildStuckError when a process, or a thread of this one, still hangs in the disk.
         """
         self._ending = True
@@ -250,7 +253,7 @@ class Pull:
         async with self._starting:  # so that no child is between its start and its name here
             child = self._child
         if child is not None:
-            await child.end(within_s)
+            await child.end(within_s, grace_s=0.0 if at_once else GRACE_S)
         if self._running is not None:
             try:
                 async with asyncio.timeout_at(deadline_s):

@@ -115,8 +115,6 @@ class Serving:
         marked = False
         cloned = self._inventory.cloned()
         for one in self._inventory.here:
-            if one.refused and one.name == ".":
-                continue  # the root is there for its mount points
             if one.identity in cloned:
                 names = ", ".join(cloned[one.identity])
                 troubles[one.name] = f"{names} bear one identity: a disk was copied block by block"

@@ -33,7 +33,7 @@ from nfsha.core.model import Epoch
 from nfsha.replica import beneath
 from nfsha.replica.arguments import INCOMING_NAME, Course, From, folder_list
 from nfsha.replica.beneath import shown
-from nfsha.replica.child import Child, ChildError, ChildStuckError, Line, Priority, Stream
+from nfsha.replica.child import GRACE_S, Child, ChildError, ChildStuckError, Line, Priority, Stream
 from nfsha.replica.deletions import OWN_ROOT_NAMES, PARTIAL_NAME
 from nfsha.replica.exits import Complaints, Ending, Verdict, decode_name, judge
 from nfsha.replica.progress import Progress, Stage
@@ -279,8 +279,8 @@ class Verify:
             await self._writes(lambda: _settle(self._request.root_fd))
         return ending
 
-    async def end(self, within_s: float = END_WITHIN_S) -> None:
-        """Ends it, wherever it stands. Idempotent.
+    async def end(self, within_s: float = END_WITHIN_S, *, at_once: bool = False) -> None:
+        """Ends it, wherever it stands; `at_once` as in `Pull.end`. Idempotent.
 
         Raises ChildStuckError when a process, or a thread of this one, hangs in the disk.
         """
@@ -289,7 +289,7 @@ class Verify:
             async with self._starting:  # so that no child is between its start and its name here
                 child = self._child
             if child is not None:
-                await child.end(within_s)
+                await child.end(within_s, grace_s=0.0 if at_once else GRACE_S)
             async with asyncio.timeout(within_s), self._own_writes:
                 return
         except TimeoutError as error:

@@ -637,3 +637,9 @@ def test_what_is_generated_is_fresh() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_jitter_that_nobody_gave_fits_every_period() -> None:
+    own = '[sync]\nevery = "10s"\nvolumes = [{ path = "/nfs/a", every = "1s" }]\n'
+    assert config.parse(MINIMAL + own).sync.jitter_ms == 500
+    assert config.parse(MINIMAL).sync.jitter_ms == 2000
