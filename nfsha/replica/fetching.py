@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +78,8 @@ class SourceFacts:
     epoch: Epoch
     as_of_ns: int
     volumes: tuple[VolumeFacts, ...]
+    stamped_ns: Mapping[str, int]
+    """The ctime of each volume's stamp, by identity."""
 
     def of(self, uuid: str) -> VolumeFacts | None:
         """The volume of this identity."""
@@ -260,6 +262,13 @@ class Fetching:
         facts, changes = await self._published(copy.uuid, epoch, scratch)
         await self._inventory.look()
         here = self._guard(copy.uuid, epoch, facts)
+        if here.stamp is not None and here.identity is not None:
+            stamped_ns = await asyncio.to_thread(volumes.stamped_at_ns, here)
+            if stamped_ns == facts.stamped_ns.get(here.identity):
+                raise RefusedError(
+                    f"{here.path} is the same filesystem as the source's, or a copy of it block by "
+                    "block: give this node a filesystem of its own"
+                )
         root_fd = await asyncio.to_thread(volumes.open_root, here)
         try:
             await self._into(copy, epoch, reason, here, root_fd, facts, changes, scratch)
@@ -612,10 +621,17 @@ def _read_facts(path: Path) -> SourceFacts:
     if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
-    if not isinstance(as_of_ns, int) or not isinstance(listed, list):
+    stamped_ns = document.get("stamped_ns")
+    if (
+        not isinstance(as_of_ns, int)
+        or not isinstance(listed, list)
+        or not isinstance(stamped_ns, dict)
+        or not all(isinstance(one, int) for one in stamped_ns.values())
+    ):
         raise VolumeError("the source's facts are incomplete")
     return SourceFacts(
         epoch_from_json(document.get("epoch")),
         as_of_ns,
         tuple(from_json(one) for one in listed),
+        stamped_ns,
     )

@@ -510,6 +510,18 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
         os.close(root_fd)
 
 
+def stamped_at_ns(facts: VolumeFacts) -> int:
+    """The ctime of a volume's stamp, which nothing can set: two filesystems never share it.
+
+    Raises VolumeError, OSError.
+    """
+    root_fd = open_root(facts)
+    try:
+        return os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
+    finally:
+        os.close(root_fd)
+
+
 def _check_root(fd: int, facts: VolumeFacts) -> None:
     mount = mount_of(fd)
     if mount is None or (facts.name != ROOT_NAME and mount.mount_point != str(facts.path)):

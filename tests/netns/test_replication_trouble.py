@@ -134,6 +134,23 @@ def test_both_daemons_end_when_asked_and_leave_no_process(copies: Copies) -> Non
         assert [one for one in children if one.is_running()] == []
 
 
+def test_one_filesystem_on_both_nodes_is_refused(copies: Copies) -> None:
+    (copies.here("a") / "kept").write_text("kept")
+    copies.settle_whole()
+    device = copies.volume("a")["here"]["device"]
+    copies.daemon("b").stop(5.0)
+    copies.lab.b.nfs.stop()
+    copies.lab.b.run("umount", "/nfs/data")
+    copies.lab.b.run("mount", device, "/nfs/data")
+    copies.lab.b.nfs.start()
+    began_ms = copies.now_ms()
+    copies.start("b")
+    copies.wait_event("b", lambda _: True, "any event", since_ms=began_ms, within_s=10)
+    copies.wait(lambda: copies.copy()["state"] == "refused", "a refusal")
+    assert "the same filesystem" in copies.copy()["why"]
+    assert copies.names("a") == ["kept"]
+
+
 # ------------------------------------------------------------------ disks
 
 
