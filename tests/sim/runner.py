@@ -132,8 +132,8 @@ def _operator_helps(world: World) -> str:
         world.nodes[keep].command(CommandKind.RESOLVE, keep=keep)
         return "resolve"
     # W91 beside R92: the lost journal's epoch is known from the broker's record, and is the higher.
-    # R91 beside R92: one has older data, the other one's journal is lost.
-    if shown <= {"W91", "W97", "R91", "R92", "R93"} and journals_lost:
+    # R91 or I90 beside R92: one has older data, the other one's journal is lost.
+    if shown <= {"I90", "W91", "W97", "R91", "R92", "R93"} and journals_lost:
         node = world.random.choice(list(world.nodes.values()))
         node.command(CommandKind.ACTIVATE, force=world.config.replication)
         return "activate"

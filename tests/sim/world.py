@@ -242,6 +242,7 @@ class World:
             state.phase is Phase.PASSIVE
             and state.fit is True
             and state.whole
+            and state.known_to_peer
             and not state.want.promise
             and not state.durable.promise
             and not state.stopping
