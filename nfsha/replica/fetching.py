@@ -311,8 +311,10 @@ class Fetching:
         if here.stamp is not None and here.stamp != epoch and here.stamp.number >= epoch.number:
             raise RefusedError(
                 f"the copy at {here.path} bears the stamp {here.stamp}, the source {there.stamp}: "
-                "what lies here is newer, or of another history. On the node whose data is the "
-                "truth: `nfsha activate --force`"
+                "what lies here is newer, or of another history. If the source's data is the "
+                f"truth, remove {here.path}/{volumes.STAMP_NAME} here: what differs then goes to "
+                "quarantine. If this node's is: stop nfsha on the other one, and run "
+                "`nfsha activate --force` here"
             )
         used = there.size_bytes - there.free_bytes
         if used > here.size_bytes:

@@ -13,6 +13,7 @@ from nfsha.core.invariants import BrokenInvariantError
 from nfsha.core.model import CommandKind, Exclusivity, Phase, Timings
 from tests.sim.checks import SimulationError
 from tests.sim.faults import MUST_FIRE, Faults, struck
+from tests.sim.node import Node
 from tests.sim.world import DEFAULT, FAST, SECOND_US, World, WorldConfig
 
 FAULTS_FROM_US = 2 * SECOND_US
@@ -116,7 +117,7 @@ def _operator_helps(world: World) -> str:
     """When nobody serves, only reasons that are the operator's business are accepted."""
     serving = [node for node in world.nodes.values() if node.accepts()]
     if serving:
-        return ""
+        return _operator_discards(world, world.nodes[serving[0].role.other])
     rows = {
         node.role: node.engine.state.row if node.engine is not None else "-"
         for node in world.nodes.values()
@@ -141,6 +142,20 @@ def _operator_helps(world: World) -> str:
         "convergence", f"nobody serves {_waited_s(world)} s after all is well: {rows}"
     )
     return ""
+
+
+def _operator_discards(world: World, other: Node) -> str:
+    """A copy of another history is not overwritten until an operator takes its stamp away."""
+    stamp, epoch = other.volumes.stamp, other.shown_epoch()
+    if not world.config.replication or stamp is None or epoch is None:
+        return ""
+    if stamp == epoch or stamp.number < epoch.number:
+        return ""
+    fired = world.tally.fired
+    if not (fired["activate"] or fired["disk-torn"] + fired["disk-replaced"]):
+        world.checks.fail("convergence", f"a second history of {stamp}, and nobody made it")
+    other.volumes.stamp = None
+    return "discard"
 
 
 def _waited_s(world: World) -> int:
