@@ -106,17 +106,21 @@ class Course:
         limit = () if bandwidth_kib_s is None else (f"--bwlimit={bandwidth_kib_s}",)
         incoming = (f"--temp-dir={INCOMING_NAME.decode()}",) if aside else ()
         says = (*way, *limit, *self._kept(), *incoming, "--info=progress2,stats2")
-        return self._line(*says, *self._reads(), *self._scope(self.list_path))
+        scope = self._scope(self.list_path, at_once=not aside)
+        return self._line(*says, *self._reads(), *scope)
 
     def settle(self, list_path: str | None, *, deletions: int | None) -> list[str]:
-        """Deletes, at most so many, and sets folders' attributes right; reads and writes no file.
+        """Deletes, at most so many, and sets folders' attributes right; sends no file's content.
 
         A run of its own, because a deletion must rest on a list that is known to be whole:
         rsync with --delete-delay, fed folder by folder, has been seen to delete before it heard
         of an I/O error in a later folder. After --delete-after the whole list comes first.
+
+        Not --ignore-existing: with it a link that stands here where the source has a folder by now
+        would stay, and rsync 3.2.7 would look into the folder behind the link, and delete there.
         """
         nothing = () if deletions is None else ("--delete-after", f"--max-delete={deletions}")
-        says = ("--existing", "--ignore-existing", *nothing, *self._kept(), "--info=stats2")
+        says = ("--existing", "--max-size=0", *nothing, *self._kept(), "--info=stats2")
         says += _OLD_PARTS
         return self._line(*says, *self._scope(list_path))
 
@@ -126,9 +130,12 @@ class Course:
     def _kept(self) -> tuple[str, ...]:
         return () if self.backup is None else ("--backup", f"--backup-dir={self.backup}")
 
-    def _scope(self, list_path: str | None) -> tuple[str, ...]:
+    def _scope(self, list_path: str | None, *, at_once: bool = False) -> tuple[str, ...]:
         if list_path is None:
-            return ("-r",)
+            # The whole list first: fed folder by folder, rsync with -H has been seen to wait for
+            # itself for ever when the source changed meanwhile. `at_once` takes that risk, for a
+            # first copy: it would be ended, and the next pass is none.
+            return ("-r",) if at_once else ("-r", "--no-inc-recursive")
         # --trust-sender: else each name is compared with each listed folder, one after the other.
         # Ignore what is missing: the removal of a folder is a change of its parent, which is in the
         # list too. (--delete-missing-args ends Debian's 3.2.7-1+deb12u6 with "invalid file mode".)

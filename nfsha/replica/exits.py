@@ -72,9 +72,12 @@ def decode_name(shown: bytes) -> bytes:
 _VANISHED = re.compile(rb'^(?:rsync: )?(?:\[\w+\] )?(?:file|directory) has vanished: "(.*)"')
 _ERRNO = re.compile(rb"\((\d{1,3})\)$")
 _MAKE_WAY = b"could not make way for "
-_SUMMARY = (b"rsync error:", b"rsync warning:", b"Deletions stopped due to")
+_SUMMARY = (b"rsync error:", b"rsync warning:", b"Deletions stopped due to", b"*** Skipping ")
 # ENOENT, ENOTDIR, ELOOP: what is opened there has been moved, or replaced by something else.
-_GONE_AT_SOURCE = re.compile(rb"^rsync: \[sender\] .*\((?:2|20|40)\)$")
+# On this side the same (but for ENOENT) comes when the source changed between two runs of a pass.
+_GONE_AT_SOURCE = re.compile(
+    rb"^rsync: (?:\[sender\] .*\((?:2|20|40)\)|\[generator\] .*\((?:20|40)\))$"
+)
 
 
 @dataclass(slots=True)
@@ -140,14 +143,9 @@ class Complaints:
         return self.first_of.get(errno.ENOSPC) or self.first_of.get(errno.EDQUOT) or ""
 
     @property
-    def only_blocked(self) -> bool:
-        """Nothing was wrong but places that wait for a deletion."""
-        return 0 < self.blocked == self.count
-
-    @property
-    def only_gone(self) -> bool:
-        """Nothing was wrong but things that left the source meanwhile."""
-        return 0 < self.gone == self.count
+    def only_changed(self) -> bool:
+        """Nothing was wrong but what left the source, or became something else there."""
+        return 0 < self.blocked + self.gone == self.count
 
 
 _SIGNALLED: Final = frozenset({19, 20})
@@ -206,12 +204,9 @@ def _of_this_side(code: int, complaints: Complaints) -> Ending | None:
 
 
 def _partial(complaints: Complaints) -> Ending:
-    if complaints.only_gone:
-        words = f"{_number(complaints.gone, 'thing')} left the source during the pass"
-        return Ending(Verdict.INCOMPLETE, 23, words)
-    if complaints.only_blocked:
-        words = f"{_number(complaints.blocked, 'folder')} became something else at the source"
-        return Ending(Verdict.INCOMPLETE, 23, words)
+    if complaints.only_changed:
+        words = f"{_number(complaints.count, 'thing')} at the source changed during the pass"
+        return Ending(Verdict.INCOMPLETE, 23, f"{words}, the first: {complaints.first}")
     words = f"{_number(complaints.count, 'thing')} could not be copied, the first"
     return Ending(Verdict.FAILED, 23, f"{words}: {complaints.first}")
 

@@ -69,6 +69,7 @@ __all__ = [
 _END_WITHIN_S: Final = 5.0
 _LONGEST_S: Final = 7 * 24 * 3600
 _FEW_INODES: Final = 16
+_CHECKSUM_PATIENCE: Final = 30
 _INT_MAX: Final = (1 << 31) - 1
 _LOOKS_MAX: Final = 3
 _VANISHED: Final = 24
@@ -463,7 +464,9 @@ class Pull:
         request = self.request
         now_ms = self._clock_ms()
         latest_ms = now_ms + request.longest_s * 1000
-        watch = StallWatch(request.timeout_s * 1000, now_ms)
+        # While the source reads a large file for its checksum, nothing else comes from it.
+        patience_s = request.timeout_s * (_CHECKSUM_PATIENCE if request.checksum else 1)
+        watch = StallWatch(patience_s * 1000, now_ms)
         while now_ms < latest_ms:
             pause_ms = min(request.timeout_s * 250, latest_ms - now_ms)
             with contextlib.suppress(TimeoutError):
@@ -471,7 +474,7 @@ class Pull:
                     return await child.wait()
             now_ms = self._clock_ms()
             if watch.stalled(await asyncio.to_thread(_activity_of, child), now_ms):
-                return f"nothing moved for {request.timeout_s} s, so it was ended"
+                return f"nothing moved for {patience_s} s, so it was ended"
         return f"it was ended after {request.longest_s} s, the longest that it may take"
 
     # ------------------------------------------------------------- judging

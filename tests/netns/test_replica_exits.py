@@ -228,7 +228,7 @@ def test_24_what_vanished_is_looked_for_again(
 ) -> None:
     with_large(places[0])
     odd = write(places[0] / os.fsdecode(ODD))
-    outcome = cut(daemon, places, lambda _pid, _one: odd.unlink())
+    outcome = cut(daemon, places, lambda _pid, _one: odd.unlink(), bandwidth_kib_s=500)
     assert (outcome.exit_code, outcome.verdict) == (24, Verdict.COMPLETE), outcome
     assert outcome.vanished == (ODD,)
     assert outcome.files == 4
@@ -241,7 +241,7 @@ def test_24_what_comes_and_goes_leaves_the_pass_incomplete(
     monkeypatch.setattr("nfsha.replica.pull._LOOKS_MAX", 0)
     with_large(places[0])
     odd = write(places[0] / os.fsdecode(ODD))
-    outcome = cut(daemon, places, lambda _pid, _one: odd.unlink())
+    outcome = cut(daemon, places, lambda _pid, _one: odd.unlink(), bandwidth_kib_s=500)
     assert (outcome.exit_code, outcome.verdict) == (24, Verdict.INCOMPLETE), outcome
     assert outcome.vanished == (ODD,)
     assert "1 file vanished at the source during the pass, the first z/odd" in outcome.sentence

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.arguments import From
+from nfsha.replica.arguments import Course, From, folder_list
 from nfsha.replica.exits import Ending, Verdict
 from nfsha.replica.progress import Progress, Stage
 from nfsha.replica.pull import PassOutcome, Pull, fetch_control
@@ -360,6 +361,21 @@ def test_a_link_on_the_copy_never_leads_out_of_it(pair: Pair, tmp_path: Path) ->
     assert [entry.name for entry in outside.iterdir()] == ["keep"]
 
 
+def test_settling_never_leads_out_either(pair: Pair, tmp_path: Path) -> None:
+    """The source changes between two runs of a pass: a folder to look into is a link by now."""
+    outside = write(tmp_path / "outside" / "b" / "keep").parent.parent
+    write(pair.source / "a" / "b" / "file")
+    (pair.target / "a").symlink_to(outside)
+    listed = pair.scratch / "list"
+    listed.write_bytes(folder_list([b"a/b"]))
+    course = Course(pair.daemon.where, f"v-{UUID}", f"{pair.target}/", 5, 5, None, None, False)
+    password = {"RSYNC_PASSWORD": pair.daemon.login.password}
+    argv = course.settle(str(listed), deletions=100)
+    subprocess.run(argv, env=os.environ | password, check=False, timeout=20)
+    listed.unlink()
+    assert (outside / "b" / "keep").exists()
+
+
 def test_a_listed_folder_that_is_a_link_at_the_source_is_followed_and_healed(pair: Pair) -> None:
     """Rsync follows a name that ends with a slash. So the journal must list real folders only.
 
@@ -515,7 +531,8 @@ def test_too_many_deletions_are_held_and_the_rest_is_copied(pair: Pair, walk: st
     assert outcome.transferred_files == 1
     assert outcome.plan is not None
     assert len(outcome.plan.names) == outcome.plan.count == 200
-    assert "200 deletions (the first: 0/0) are more than 100" in outcome.sentence
+    assert "200 files (" in outcome.sentence
+    assert "0/0) are more than 100, and more than 10 %" in outcome.sentence
     assert (pair.target / "0" / "new").exists()
     assert (pair.target / "0" / "0").exists()
     again = pair.any_pass(folders=folders)

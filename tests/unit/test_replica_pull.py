@@ -67,7 +67,7 @@ def test_only_the_run_for_it_deletes() -> None:
     settled = one.settle("/list", deletions=None)
     assert not [word for word in settled if "delete" in word]
     deleting = one.settle("/list", deletions=7)
-    assert {"--delete-after", "--max-delete=7", "--existing", "--ignore-existing"} <= {*deleting}
+    assert {"--delete-after", "--max-delete=7", "--existing", "--max-size=0"} <= {*deleting}
 
 
 def test_a_resync_keeps_what_it_overwrites() -> None:
@@ -103,12 +103,15 @@ def test_fetching_takes_the_named_files_only() -> None:
 
 def test_it_hangs_when_nothing_moves_for_the_limit() -> None:
     watch = StallWatch(1000, 0)
-    assert not watch.stalled(Activity(10, 0, 0), 500)
-    assert not watch.stalled(Activity(10, 0, 4), 1400)  # waiting takes some time too
-    assert watch.stalled(Activity(10, 0, 4), 1500)
+    assert not watch.stalled(Activity(5000, 0, 0), 500)
+    # Waiting takes some time too, and keep-alives are read.
+    assert not watch.stalled(Activity(5100, 0, 4), 1400)
+    assert watch.stalled(Activity(5100, 0, 4), 1500)
 
 
-@pytest.mark.parametrize("moved", [Activity(11, 5, 5), Activity(10, 6, 5), Activity(10, 5, 10)])
+@pytest.mark.parametrize(
+    "moved", [Activity(2058, 5, 5), Activity(10, 2053, 5), Activity(10, 5, 10)]
+)
 def test_it_lives_when_it_reads_or_writes_or_computes(moved: Activity) -> None:
     watch = StallWatch(1000, 0)
     watch.stalled(Activity(10, 5, 5), 0)
