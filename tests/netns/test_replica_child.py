@@ -136,12 +136,14 @@ def test_the_environment_is_clean_and_a_secret_is_in_no_command_line() -> None:
         os.environ["NFSHA_TEST_LEAK"] = "1"
         try:
             child = await shell(
-                "tr '\\0' '\\n' </proc/self/environ; echo $PWD; cat; ls /proc/self/fd; sleep 1000",
+                "tr '\\0' '\\n' </proc/self/environ; echo $PWD; cat; ls /proc/self/fd; echo done;"
+                " exec sleep 1000",
                 env={"RSYNC_PASSWORD": "geheim"},
             )
         finally:
             del os.environ["NFSHA_TEST_LEAK"]
-        await until(lambda: b"3" in child.output)
+        # Not before: a program that has just ended is still to be reaped by the shell.
+        await until(lambda: b"done" in child.output)
         names = {line.partition(b"=")[0] for line in child.output if b"=" in line}
         # A shell may set its own folder.
         assert names - {b"PWD"} == {b"PATH", b"LC_ALL", b"NFSHA_CHILD", b"RSYNC_PASSWORD"}
