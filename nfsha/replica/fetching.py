@@ -363,6 +363,7 @@ class Fetching:
             timeout_s=self._sync.timeout_s,
             connect_timeout_s=self._sync.connect_timeout_s,
             name=f"volume {here.name}",
+            expected_bytes=_used_bytes(facts, uuid),
         )
         if why_full:
             copy.full_walks[why_full] += 1
@@ -584,6 +585,11 @@ class Fetching:
             await pull.end()
 
 
+def _used_bytes(facts: SourceFacts, uuid: str) -> int:
+    there = facts.of(uuid)
+    return 0 if there is None else there.size_bytes - there.free_bytes
+
+
 def _mark(
     uuid: str,
     epoch: Epoch,
@@ -593,13 +599,12 @@ def _mark(
     *,
     full: bool,
 ) -> Mark:
-    there = facts.of(uuid)
     return Mark(
         volume=uuid,
         epoch=epoch,
         started_ns=facts.as_of_ns if changes is None else min(changes.as_of_ns, facts.as_of_ns),
         files=outcome.files,
-        bytes=there.size_bytes - there.free_bytes if there is not None else 0,
+        bytes=_used_bytes(facts, uuid),
         transferred_bytes=outcome.transferred_bytes,
         deletions=outcome.deletions,
         duration_ms=round(outcome.seconds * 1000),

@@ -75,6 +75,7 @@ IDENTITY_NAME: Final = ".nfsha-volume"
 STAMP_NAME: Final = ".nfsha-stamp"
 QUARANTINE_NAME: Final = ".nfsha-quarantine"
 PARTIAL_NAME: Final = ".nfsha-partial"
+INCOMING_NAME: Final = ".nfsha-incoming"
 OWN_NAMES: Final = frozenset(
     {
         IDENTITY_NAME,
@@ -83,6 +84,7 @@ OWN_NAMES: Final = frozenset(
         temporary_name(STAMP_NAME),
         QUARANTINE_NAME,
         PARTIAL_NAME,
+        INCOMING_NAME,
     }
 )
 """What nfsha itself puts into a volume's root. All begin with `.nfsha-`; none is data."""

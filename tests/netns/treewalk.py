@@ -19,7 +19,14 @@ from itertools import islice
 from pathlib import Path
 
 OWN_NAMES = frozenset(
-    {b".nfsha-volume", b".nfsha-stamp", b".nfsha-quarantine", b".nfsha-partial", b"lost+found"}
+    {
+        b".nfsha-volume",
+        b".nfsha-stamp",
+        b".nfsha-quarantine",
+        b".nfsha-partial",
+        b".nfsha-incoming",
+        b"lost+found",
+    }  # fmt: skip
 )
 """What a volume's root holds that is not data: by default left out, in the roots only."""
 

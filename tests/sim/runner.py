@@ -152,7 +152,8 @@ def _operator_discards(world: World, other: Node) -> str:
     if stamp == epoch or stamp.number < epoch.number:
         return ""
     fired = world.tally.fired
-    if not (fired["activate"] or fired["disk-torn"] + fired["disk-replaced"]):
+    word = fired["activate"] or fired["confirm-down"] or fired["peer-off-word"]
+    if not (word or fired["disk-torn"] + fired["disk-replaced"] + fired["disk-restored"]):
         world.checks.fail("convergence", f"a second history of {stamp}, and nobody made it")
     other.volumes.stamp = None
     return "discard"
