@@ -14,7 +14,6 @@ from nfsha.core.model import (
     NEVER_MS,
     Datagram,
     Echo,
-    Epoch,
     Phase,
     PromiseState,
 )
@@ -211,7 +210,8 @@ def _(what: model.TokenAcked, state: State, now_ms: int) -> None:
 
 @absorb.register
 def _(what: model.RecordRead, state: State, now_ms: int) -> None:
-    _take_record(state, what.epoch)
+    if state.record_epoch is None or what.epoch.number > state.record_epoch.number:
+        state.record_epoch = what.epoch
 
 
 @absorb.register
@@ -239,10 +239,7 @@ def _(what: model.ReplicaChanged, state: State, now_ms: int) -> None:
     state.replica_reason = what.reason
     state.stamped = what.stamped
     state.volumes_seen = True
-    # A stamp is written after the journal. One above it means that the system disk was restored:
-    # like the authority record, it can only forbid.
-    if what.newest_stamp is not None:
-        _take_record(state, what.newest_stamp)
+    state.newest_stamp = what.newest_stamp
 
 
 @absorb.register
@@ -272,11 +269,6 @@ def _(what: model.VipClaimed, state: State, now_ms: int) -> None:
         state.claimed_ms = now_ms
         state.count("vip_claimed")
         state.announced_ms = NEVER_MS
-
-
-def _take_record(state: State, epoch: Epoch) -> None:
-    if state.record_epoch is None or epoch.number > state.record_epoch.number:
-        state.record_epoch = epoch
 
 
 def _with(repair: str, lock: str) -> str:

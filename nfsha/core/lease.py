@@ -59,12 +59,22 @@ def peer_serves_now(state: State, now_ms: int) -> bool:
     return recent and peer_serves(state, now_ms)
 
 
+def recorded_epoch(state: State) -> Epoch | None:
+    """The highest epoch known from the authority record, or from a stamp on a volume here.
+
+    A stamp is written after the journal: one above it means that the system disk was restored.
+    Both can only forbid.
+    """
+    known = [epoch for epoch in (state.record_epoch, state.newest_stamp) if epoch is not None]
+    return max(known, key=lambda epoch: epoch.number, default=None)
+
+
 def higher_epoch(state: State) -> Epoch | None:
     """The highest epoch known from the peer or the authority record, if above the own one."""
     best: Epoch | None = None
     if state.report is not None:
         best = state.report.epoch
-    record = state.record_epoch
+    record = recorded_epoch(state)
     if record is not None and (best is None or record.number > best.number):
         best = record
     if best is not None and best.number > state.epoch_number:
@@ -219,7 +229,7 @@ def takeover_obstacle(state: State) -> str:
 
 def known_number(state: State) -> int:
     """The highest epoch number known here: journaled, recorded, or on a volume's stamp."""
-    record = state.record_epoch
+    record = recorded_epoch(state)
     return max(state.epoch_number, record.number if record is not None else 0)
 
 

@@ -122,6 +122,8 @@ class State:
     """The epoch that `replica_whole` was found for."""
     replica_reason: str = "the volumes were not looked at yet"
     stamped: bool = False
+    newest_stamp: Epoch | None = None
+    """The highest epoch that a volume here bears now."""
     volumes_seen: bool = True
     """The stamps of this node's volumes are known, or nobody uses them."""
     receivers_stopped: bool = True

@@ -26,7 +26,7 @@ OWN_NAMES = frozenset(
         b".nfsha-partial",
         b".nfsha-incoming",
         b"lost+found",
-    }  # fmt: skip
+    }
 )
 """What a volume's root holds that is not data: by default left out, in the roots only."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nfsha.core import effects, facts, guards, lease, model
+from nfsha.core import effects, guards, lease, model
 from nfsha.core.model import Phase
 from nfsha.core.state import State
 from tests.sim.checks import SimulationError
@@ -100,7 +100,7 @@ def _receivers_are_not_awaited(patch: Patch) -> None:
 
 
 def _stamps_say_nothing(patch: Patch) -> None:
-    patch.setattr(facts, "_take_record", lambda state, epoch: None)
+    patch.setattr(lease, "recorded_epoch", lambda state: state.record_epoch)
 
 
 def _grants_before_the_look(patch: Patch) -> None:
