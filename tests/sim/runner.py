@@ -25,6 +25,11 @@ END_US = 62 * SECOND_US
 CALM_US = 5 * SECOND_US
 """So long before the end nothing may change any more."""
 LEAST_FAULTS = 3
+
+MAY_WAIT_ROWS = frozenset({"I90", "W91", "W97", "R91", "R92", "R93"})
+"""Where both may wait for the operator when a journal was lost, or an operator erred before: one
+has older data, or knows from a record or a stamp of a newer epoch, and the other one's journal does
+not know what it was."""
 LEAST_SEEDS_FOR_ALL_FAULTS = 200
 
 WITHOUT_LEASE_MS = {DEFAULT.hold_ms: 3100, FAST.hold_ms: 2800}
@@ -125,16 +130,16 @@ def _operator_helps(world: World) -> str:
     shown = set(rows.values())
     fired = world.tally.fired
     journals_lost = fired["disk-torn"] + fired["disk-replaced"] + fired["disk-restored"]
-    # One node alone in D90: the other one's journal was restored, and it follows that history.
-    if "D90" in shown and shown <= {"D90", "P91"}:
-        if not (fired["activate"] or journals_lost):
+    words = fired["activate"] + fired["confirm-down"] + fired["peer-off-word"]
+    # One node alone in D90: the other one's journal was restored or replaced, and it follows, or
+    # waits for a history to follow.
+    if "D90" in shown and shown <= {"D90", "P91"} | MAY_WAIT_ROWS:
+        if not (words or journals_lost):
             world.checks.fail("convergence", f"two histories, and nobody made them: {rows}")
         keep = world.random.choice([role for role, row in rows.items() if row == "D90"])
         world.nodes[keep].command(CommandKind.RESOLVE, keep=keep)
         return "resolve"
-    # W91 beside R92: the lost journal's epoch is known from the broker's record, and is the higher.
-    # R91 or I90 beside R92: one has older data, the other one's journal is lost.
-    if shown <= {"I90", "W91", "W97", "R91", "R92", "R93"} and journals_lost:
+    if shown <= MAY_WAIT_ROWS and (journals_lost or words):
         node = world.random.choice(list(world.nodes.values()))
         node.command(CommandKind.ACTIVATE, force=world.config.replication)
         return "activate"
