@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from nfsha.config import Settings
+from nfsha.config import RSYNC, Settings
 from nfsha.core.model import Phase, ReplicaChanged
 from nfsha.core.replication import flow
 from nfsha.core.state import State
@@ -44,7 +44,7 @@ class Replication:
         self._packing: asyncio.Task[None] | None = None
         self._next_facts: dict[str, Any] | None = None
         self.replicator: Replicator | None = None
-        if settings.replication != "rsync":
+        if settings.replication != RSYNC:
             return
         self._pages = Pages(
             wire.seal_page, links.send_page, lambda: self._sessions, clock_ms, self._told
@@ -53,7 +53,7 @@ class Replication:
         self.replicator = Replicator(
             settings,
             ring.sealing.secret,
-            _ends(settings),
+            Ends(settings.sync_link.local, settings.sync_link.peer),
             clock_ms=clock_ms,
             report=self._report,
             tell=self._tell,
@@ -124,8 +124,3 @@ class Replication:
             log.warning("%s", error)
             return
         await self.replicator.heard(facts)
-
-
-def _ends(settings: Settings) -> Ends:
-    link = next(one for one in settings.links if one.name == settings.sync.link)
-    return Ends(link.local, link.peer)

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nfsha.config import IPAddress, Link, Settings
+from nfsha.config import RSYNC, IPAddress, Link, Settings
 from nfsha.core import model
 from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.inbox import Inbox
@@ -118,7 +118,7 @@ class World:
             boot_id=boot_id(),
             timings=self.settings.timing,
             service_lease=self.settings.firewall.service_lease,
-            replication=self.settings.replication == "rsync",
+            replication=self.settings.replication == RSYNC,
             start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
         )
 

@@ -46,6 +46,14 @@ def write_durably_at(folder: int, name: str, data: bytes, *, mode: int = 0o644) 
     os.fsync(folder)
 
 
+def names_after(folder: Path, prefix: str) -> set[str]:
+    """What follows the prefix in the names that have it; nothing of a folder that is not there."""
+    if not folder.is_dir():
+        return set()
+    names = [one.name for one in folder.iterdir()]
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
 def read_small(path: Path, limit_bytes: int) -> bytes:
     """Returns the content of a regular file of at most `limit_bytes`; OSError for anything else.
 

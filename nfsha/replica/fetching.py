@@ -50,6 +50,7 @@ from nfsha.replica.volume_facts import (
     VolumeFacts,
     epoch_from_json,
     from_json,
+    is_of_another_history,
 )
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,6 @@ class Fetching:
         self.bandwidth_kib_s: int | None = sync.bandwidth_kib_s
         self.bandwidth_set = False
         self._pulls: dict[str, Pull] = {}
-        self._restarting: set[str] = set()
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
@@ -145,14 +145,14 @@ class Fetching:
         left = await self.schedule.cancel()
         if self._writes:  # in threads, which no cancelling ends
             await asyncio.wait(self._writes)
-        stuck += [f"{self._name(uuid)}: its pass does not end" for uuid in left]
+        stuck += [f"{self._inventory.name_of(uuid)}: its pass does not end" for uuid in left]
         return "; ".join(stuck)
 
     async def _end_one(self, uuid: str, running: Pull | Verify) -> str:
         try:
             await running.end(at_once=True)
         except ChildStuckError as error:
-            return f"{self._name(uuid)}: {error}"
+            return f"{self._inventory.name_of(uuid)}: {error}"
         return ""
 
     async def _write(self, call: Callable[..., _T], *args: Any, **more: Any) -> _T:  # noqa: ANN401
@@ -205,10 +205,6 @@ class Fetching:
         for uuid in self.copies:
             self.schedule.trigger(uuid, Reason(Cause.START))
 
-    def _name(self, uuid: str) -> str:
-        one = self._inventory.by_uuid(uuid)
-        return one.name if one is not None else uuid
-
     # ------------------------------------------------------------- one pass
 
     async def _run(self, uuid: str, reason: Reason) -> None:
@@ -241,7 +237,7 @@ class Fetching:
         await self._pass(copy, epoch, reason)
 
     def _refused(self, copy: Copy, why: str) -> None:
-        self._say(copy, f"volume {self._name(copy.uuid)} is not copied: {why}")
+        self._say(copy, f"volume {self._inventory.name_of(copy.uuid)} is not copied: {why}")
         copy.rest(State.REFUSED, why)
 
     def _say(self, copy: Copy, words: str) -> None:
@@ -252,7 +248,7 @@ class Fetching:
 
     def _failed(self, copy: Copy, why: str) -> None:
         copy.attempts = min(copy.attempts + 1, MAX_ATTEMPTS_COUNTED)
-        self._say(copy, f"volume {self._name(copy.uuid)}: the pass failed: {why}")
+        self._say(copy, f"volume {self._inventory.name_of(copy.uuid)}: the pass failed: {why}")
         copy.rest(State.FAILED, why)
         self.schedule.retry(copy.uuid, copy.attempts)
 
@@ -308,7 +304,7 @@ class Fetching:
         if here.failing or here.read_only:
             what = here.failing or "it is mounted read-only"
             raise RefusedError(f"the copy at {here.path} cannot be written: {what}")
-        if here.stamp is not None and here.stamp != epoch and here.stamp.number >= epoch.number:
+        if is_of_another_history(here.stamp, epoch):
             raise RefusedError(
                 f"the copy at {here.path} bears the stamp {here.stamp}, the source {there.stamp}: "
                 "what lies here is newer, or of another history. If the source's data is the "
@@ -316,11 +312,10 @@ class Fetching:
                 "quarantine. If this node's is: stop nfsha on the other one, and run "
                 "`nfsha activate --force` here"
             )
-        used = there.size_bytes - there.free_bytes
-        if used > here.size_bytes:
+        if there.used_bytes > here.size_bytes:
             raise RefusedError(
-                f"the source uses {used} bytes, the copy's filesystem at {here.path} has "
-                f"{here.size_bytes} in all: make it larger"
+                f"the source uses {there.used_bytes} bytes, the copy's filesystem at {here.path} "
+                f"has {here.size_bytes} in all: make it larger"
             )
         return here
 
@@ -467,19 +462,15 @@ class Fetching:
         copy.plan = outcome.plan if outcome.verdict is Verdict.HELD else copy.plan
         match outcome.verdict:
             case Verdict.HELD:
-                self._say(copy, f"volume {self._name(copy.uuid)}: {outcome.sentence}")
+                self._say(copy, f"volume {self._inventory.name_of(copy.uuid)}: {outcome.sentence}")
                 copy.rest(State.HELD, outcome.sentence)
             case Verdict.STOPPED | Verdict.REFUSED:
                 self._refused(copy, outcome.sentence)
-            case Verdict.KILLED if copy.uuid in self._restarting:
-                self._restarting.discard(copy.uuid)
-                copy.rest(State.IDLE, "begins again with another bandwidth")
-                self.schedule.trigger(copy.uuid, Reason(Cause.COMMAND))
             case Verdict.KILLED if self.epoch is None:
                 copy.rest(State.OFF, "ended: the state of this node changed")
             case Verdict.INCOMPLETE:
                 # The next pass must find what vanished gone, or copy it; it comes in a second.
-                log.info("volume %s: %s", self._name(copy.uuid), outcome.sentence)
+                log.info("volume %s: %s", self._inventory.name_of(copy.uuid), outcome.sentence)
                 copy.rest(State.IDLE, outcome.sentence)
                 self.schedule.retry(copy.uuid, 1)
             case _:
@@ -581,13 +572,14 @@ class Fetching:
         self.bandwidth_set = not default
         self.bandwidth_kib_s = self._sync.bandwidth_kib_s if default else kib_s
         for uuid, pull in tuple(self._pulls.items()):
-            self._restarting.add(uuid)
-            await pull.end()
+            here = self._inventory.by_uuid(uuid)
+            if here is not None:
+                await pull.limit_bandwidth(self._bandwidth(here))
 
 
 def _used_bytes(facts: SourceFacts, uuid: str) -> int:
     there = facts.of(uuid)
-    return 0 if there is None else there.size_bytes - there.free_bytes
+    return 0 if there is None else there.used_bytes
 
 
 def _mark(

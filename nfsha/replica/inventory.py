@@ -61,6 +61,11 @@ class Inventory:
         found = [one for one in self.here if one.identity == uuid]
         return found[0] if len(found) == 1 else None
 
+    def name_of(self, uuid: str) -> str:
+        """What to call a volume: its name here, or where it is not here its identity."""
+        one = self.by_uuid(uuid)
+        return one.name if one is not None else uuid
+
     def by_name(self, name: str) -> VolumeFacts | None:
         """The volume here of that name, or mounted at that path."""
         return next((one for one in self.here if name in (one.name, str(one.path))), None)

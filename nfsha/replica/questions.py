@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nfsha.replica import suspects, volumes
-from nfsha.replica.durable import read_small, write_durably
+from nfsha.replica.durable import names_after, read_small, write_durably
 from nfsha.replica.suspects import SuspectAnswer, SuspectError, SuspectQuestion
 from nfsha.replica.volume_facts import VolumeError, VolumeFacts
 
@@ -111,7 +111,7 @@ class Answering:
                 log.warning("a question of the other node is refused: %s", error)
                 continue
             asked[question_id(question)] = question
-        for name in await asyncio.to_thread(_answered, self._public):
+        for name in await asyncio.to_thread(names_after, self._public, _PREFIX):
             if name not in asked:
                 with contextlib.suppress(FileNotFoundError):
                     (self._public / answer_name(name)).unlink()
@@ -131,13 +131,6 @@ class Answering:
             log.warning("volume %s: what the other node asked stays open: %s", one.name, error)
         finally:
             self._busy.discard(number)
-
-
-def _answered(public: Path) -> list[str]:
-    if not public.is_dir():
-        return []
-    names = [one.name for one in public.iterdir()]
-    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
 
 
 def _write(path: Path, one: VolumeFacts, question: SuspectQuestion) -> None:

@@ -21,7 +21,6 @@ from nfsha.config import IPAddress, Settings
 from nfsha.core.model import Epoch, ReplicaChanged
 from nfsha.core.replication import Fetch, Flow, Offer, Rest
 from nfsha.replica import rsync_version, volumes
-from nfsha.replica.beneath import from_shown
 from nfsha.replica.child import end_leftovers
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
@@ -40,12 +39,11 @@ from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.serving import Serving
-from nfsha.replica.source import Source, epoch_token
+from nfsha.replica.source import RSYNC, Source, epoch_token
 from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json, from_json
 
 log = logging.getLogger(__name__)
 
-RSYNC = "/usr/bin/rsync"
 KEEP_EVERY_MS = 60_000
 """How often the limits of the quarantines are looked at."""
 
@@ -431,7 +429,7 @@ class Replicator:
         }
 
     def _copy_alarms(self, copy: Copy) -> dict[str, str]:
-        name = self._name(copy.uuid)
+        name = self.inventory.name_of(copy.uuid)
         found = {}
         if copy.plan is not None:
             found[f"deletes-held {name}"] = f"volume {name}: {copy.why}"
@@ -483,7 +481,8 @@ class Replicator:
             )
         return found
 
-    def _chosen(self, name: str | None) -> list[str]:
+    def chosen(self, name: str | None) -> list[str]:
+        """The identities of the named volume, or of all that are copied here. ReplicaError."""
         if not isinstance(self._flow, Fetch) or not self._flow.start:
             raise ReplicaError(f"nothing is copied to this node now: {self._why_not()}")
         if name is None:
@@ -508,7 +507,7 @@ class Replicator:
         wait: bool = False,
     ) -> list[asyncio.Task[bool]]:
         """Asks for a pass of one volume, or of all; with `wait`, what is done as each has ended."""
-        chosen = self._chosen(name)
+        chosen = self.chosen(name)
         if self.fetching.schedule.paused:
             raise ReplicaError("passes are paused: `nfsha sync --resume` lets them go on")
         if accept_deletes is not None:
@@ -535,18 +534,10 @@ class Replicator:
     def results(self, chosen: Sequence[str]) -> list[Facts]:
         """How the copies of these volumes stand."""
         return [
-            {"name": self._name(uuid), "state": str(copy.state), "why": copy.why}
+            {"name": self.inventory.name_of(uuid), "state": str(copy.state), "why": copy.why}
             for uuid in chosen
             if (copy := self.fetching.copies.get(uuid)) is not None
         ]
-
-    def chosen(self, name: str | None) -> list[str]:
-        """The identities of the named volume, or of all that are copied here. Raises."""
-        return self._chosen(name)
-
-    def _name(self, uuid: str) -> str:
-        one = self.inventory.by_uuid(uuid)
-        return one.name if one is not None else uuid
 
     def pause(self, *, on: bool) -> None:
         """Holds all scheduled passes back, or lets them go on. ReplicaError on the source."""
@@ -648,6 +639,3 @@ def _read_node(facts: object) -> tuple[tuple[VolumeFacts, ...], list[Mark]]:
         tuple(from_json(one) for one in listed),
         [mark_from_json(one) for one in told],
     )
-
-
-__all__ = ["Ends", "QuarantineError", "ReplicaError", "Replicator", "from_shown"]

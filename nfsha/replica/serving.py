@@ -24,12 +24,18 @@ from nfsha.replica import volumes
 from nfsha.replica.changes import COLLECT_EVERY_MS, ChangeJournal
 from nfsha.replica.child import ChildStuckError
 from nfsha.replica.clocks import Clocks
-from nfsha.replica.durable import write_durably
+from nfsha.replica.durable import names_after, write_durably
 from nfsha.replica.fresh import FRESH_WITHIN_S, Coalesced, NotFreshError
 from nfsha.replica.inventory import Inventory
 from nfsha.replica.published import ChangesError
 from nfsha.replica.source import EpochToken, Source, SourceVolume
-from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json
+from nfsha.replica.volume_facts import (
+    VolumeError,
+    VolumeFacts,
+    as_json,
+    epoch_as_json,
+    is_of_another_history,
+)
 
 log = logging.getLogger(__name__)
 
@@ -219,14 +225,14 @@ class Serving:
             raise NotFreshError(f"the changes are not published: {error}") from error
         facts = {
             "nfsha_facts": 1,
-            "epoch": {"number": epoch.number, "id": epoch.id, "authority": str(epoch.authority)},
+            "epoch": epoch_as_json(epoch),
             "as_of_ns": as_of_ns,
             "volumes": [as_json(one) for one in self._offered.values()],
             "stamped_ns": {uuid: self._stamped_ns[uuid] for uuid in self._offered},
         }
         data = json.dumps(facts, sort_keys=True).encode()
         try:
-            for uuid in _published(public) - self.journals.keys():
+            for uuid in names_after(public, changes_name("")) - self.journals.keys():
                 (public / changes_name(uuid)).unlink(missing_ok=True)
             await asyncio.to_thread(write_durably, public / FACTS_NAME, data)
         except OSError as error:
@@ -252,7 +258,7 @@ def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, int]:
     """
     if one.failing:
         raise VolumeError(f"{one.path}: {one.failing}")
-    if one.stamp is not None and one.stamp != epoch and one.stamp.number >= epoch.number:
+    if is_of_another_history(one.stamp, epoch):
         raise VolumeError(
             f"{one.path} bears the stamp of epoch {one.stamp}, but this node serves epoch {epoch}: "
             "its data belongs to another history. Mount the right volume there"
@@ -287,11 +293,3 @@ async def _all_within(
         except ChangesError as error:
             failures.append(error)
     return failures
-
-
-def _published(public: Path) -> set[str]:
-    prefix = changes_name("")
-    if not public.is_dir():
-        return set()
-    names = [one.name for one in public.iterdir()]
-    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}

@@ -71,6 +71,19 @@ class VolumeFacts:
     empty: bool
     refused: str = ""
 
+    @property
+    def used_bytes(self) -> int:
+        """What a copy of it needs, at least."""
+        return self.size_bytes - self.free_bytes
+
+
+def is_of_another_history(stamp: Epoch | None, epoch: Epoch) -> bool:
+    """Data under this stamp is newer than the epoch, or of another one of the same number.
+
+    None, and a lower number, are older data: they may be replaced by the epoch's.
+    """
+    return stamp is not None and stamp != epoch and stamp.number >= epoch.number
+
 
 _SIZE_TOLERANCE: Final = 100  # one part in so many: equal disks formatted by other programs
 
