@@ -27,6 +27,11 @@ SERVING = Datagram(
     address_lease_ms=2000,
     absence_ms=0,
     known_number=4,
+    handover=Epoch(5, "1122334455667788", Role.STANDBY),
+    ready=True,
+    aborted=Epoch(2, "2233445566778899", Role.PRIMARY),
+    refuses=Epoch(4, "33445566778899aa", Role.STANDBY),
+    asks=76,
 )
 """A primary that serves, with its echo of a peer that it hears."""
 

@@ -6,13 +6,15 @@ needs a special case.
 
 from __future__ import annotations
 
-from nfsha.core import lease
+from nfsha.core import handover, lease
 from nfsha.core.model import (
+    GIVING_PHASES,
     NEVER_MS,
     Announce,
     AskWitness,
     Datagram,
     Echo,
+    Epoch,
     Exclusivity,
     Exit,
     ExtendLeases,
@@ -28,6 +30,7 @@ from nfsha.core.model import (
     StopReceivers,
     Survey,
     TakeToken,
+    Thaw,
 )
 from nfsha.core.orders import Orders
 from nfsha.core.state import SENT_KEPT, State
@@ -37,6 +40,7 @@ TOKEN_RETRY_MS = 1000
 FENCE_RETRY_MS = 10_000
 RECORD_EVERY_MS = 10_000
 RECEIVERS_RETRY_MS = 1000
+THAW_RETRY_MS = 1000
 
 
 def all_duties(state: State, orders: Orders, now_ms: int) -> None:
@@ -50,6 +54,7 @@ def all_duties(state: State, orders: Orders, now_ms: int) -> None:
     elif state.address_held and state.phase is not Phase.STARTING:
         remove_leftover(state, orders, now_ms)
     end_receivers(state, orders, now_ms)
+    thaw(state, orders, now_ms)
     survey(state, orders, now_ms)
     ask_witness(state, orders, now_ms)
     prove(state, orders, now_ms)
@@ -113,6 +118,7 @@ def renew(state: State, orders: Orders, now_ms: int) -> None:
         return
     if (
         state.config.service_lease
+        and state.phase is not Phase.FREEZING
         and not orders.in_flight("service")
         and deadline_ms - state.service_until_ms >= timings.interval_ms // 2
     ):
@@ -148,6 +154,15 @@ def end_receivers(state: State, orders: Orders, now_ms: int) -> None:
         state.receivers_tried_ms = now_ms
 
 
+def thaw(state: State, orders: Orders, now_ms: int) -> None:
+    """Ends a freeze that nobody needs any more, and tries again until it is seen to have ended."""
+    if not state.froze or state.phase in GIVING_PHASES or state.phase is Phase.STARTING:
+        return
+    if not orders.in_flight("freeze") and now_ms - state.thaw_tried_ms >= THAW_RETRY_MS:
+        orders.order(Thaw())
+        state.thaw_tried_ms = now_ms
+
+
 def survey(state: State, orders: Orders, now_ms: int) -> None:
     """Asks who answers for the VIP, so that the answer is there when the grants end."""
     if orders.in_flight("survey") or state.stopping:
@@ -168,7 +183,7 @@ def survey_begins_ms(state: State) -> int:
 def _wants_survey(state: State, now_ms: int) -> bool:
     if state.phase is Phase.TAKEOVER:
         return not state.commit_ordered
-    if state.phase is Phase.PASSIVE:
+    if state.phase in (Phase.PASSIVE, Phase.PREPARED):
         return now_ms >= survey_begins_ms(state) and not lease.peer_serves_now(state, now_ms)
     if state.phase in (Phase.WAITING, Phase.ISOLATED):
         return state.is_authority and bool(lease.standing_evidence(state))
@@ -186,7 +201,7 @@ def ask_witness(state: State, orders: Orders, now_ms: int) -> None:
     late_ms = 2 * timings.interval_ms
     if state.serving:
         wanted = now_ms - state.echo_ms > late_ms
-    elif state.phase is Phase.PASSIVE:
+    elif state.phase in (Phase.PASSIVE, Phase.PREPARED):
         wanted = now_ms - state.heard_ms > late_ms or state.idle_since_ms is not None
     else:
         wanted = state.phase is Phase.TAKEOVER
@@ -283,7 +298,26 @@ def _public(state: State) -> tuple[object, ...]:
         lease.grants(state),
         state.absence_from_seq,
         state.leftover,
+        _handover(state),
+        _ready(state),
+        _shown_aborted(state),
+        state.refuses,
+        state.asks,
     )
+
+
+def _handover(state: State) -> Epoch | None:
+    return state.prepared if state.phase is Phase.PREPARED else state.handover
+
+
+def _ready(state: State) -> bool:
+    if state.phase is Phase.PREPARED:
+        return handover.settled(state) and not state.address_held
+    return state.phase is Phase.PRESYNC and state.presync_ready
+
+
+def _shown_aborted(state: State) -> Epoch | None:
+    return None if state.unsure else state.durable.aborted
 
 
 def _peer_promise_held(state: State) -> bool:
@@ -319,7 +353,12 @@ def _datagram(state: State) -> Datagram:
         takeover_after_ms=timings.takeover_after_ms,
         address_lease_ms=timings.address_lease_ms,
         absence_ms=timings.absence_ms if absent else 0,
-        known_number=lease.known_number(state),
+        known_number=handover.highest_number(state),
+        handover=_handover(state),
+        ready=_ready(state),
+        aborted=_shown_aborted(state),
+        refuses=state.refuses,
+        asks=state.asks,
     )
 
 
@@ -388,7 +427,7 @@ def wake_at_ms(state: State, now_ms: int) -> int:
         times.append(state.last_sent_ms + timings.interval_ms // 4)
     if state.serving:
         times.append(lease.serve_deadline_ms(state, now_ms))
-    elif state.phase in (Phase.PASSIVE, Phase.TAKEOVER):
+    elif state.phase in (Phase.PASSIVE, Phase.PREPARED, Phase.TAKEOVER):
         times.append(survey_begins_ms(state))
         times.append(survey_begins_ms(state) + timings.survey_ms)
         if state.idle_since_ms is not None and state.withhold_since_ms is None:

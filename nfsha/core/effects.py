@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-from nfsha.core import lease
+from nfsha.core import handover, lease
 from nfsha.core.model import (
     NEVER_MS,
     AddAddress,
@@ -16,7 +16,9 @@ from nfsha.core.model import (
     CloseService,
     DropToken,
     Epoch,
+    Freeze,
     OpenService,
+    Phase,
     RemoveAddress,
     RenewAddress,
     StopReceivers,
@@ -37,7 +39,7 @@ def new_epoch(state: State) -> Epoch:
     """
     theirs = state.report.known_number if state.report is not None else 0
     higher = lease.higher_epoch(state)
-    number = max(lease.known_number(state), higher.number if higher else 0, theirs) + 1
+    number = max(handover.highest_number(state), higher.number if higher else 0, theirs) + 1
     if state.want.epoch is not None:
         number = max(number, state.want.epoch.number + 1)
     seed = f"{state.me}:{state.session}:{number}".encode()
@@ -58,6 +60,8 @@ def release(state: State, orders: Orders, now_ms: int) -> None:
     state.commit_ordered = False
     state.absence_granted_ms = NEVER_MS
     state.absence_from_seq = 0
+    state.asks = 0
+    _end_handover(state)
     orders.cancel("address")
     orders.cancel("service")
     orders.order(CloseService())
@@ -92,7 +96,8 @@ def record_epoch(state: State, orders: Orders, now_ms: int) -> None:
     """
     higher = lease.higher_epoch(state)
     if higher is not None and higher.authority is not state.me:
-        state.journal(epoch=higher, peer_promise=False, peer_agent_only=False)
+        given = higher if higher == state.want.prepared else None
+        state.journal(epoch=higher, peer_promise=False, peer_agent_only=False, prepared=given)
 
 
 def first_epoch(state: State, orders: Orders, now_ms: int) -> None:
@@ -146,14 +151,145 @@ def commit(state: State, orders: Orders, now_ms: int) -> None:
         peer_promise=False,
         peer_agent_only=state.report is not None and state.report.agent_only,
         maintenance=False,
+        prepared=None,
     )
     state.commit_ordered = True
     orders.cancel("fence")
 
 
+def begin_receiving(state: State, orders: Orders, now_ms: int) -> None:
+    """Names the epoch of a handover to this node, and begins to come near to the giver's data."""
+    _leave_takeover(state, orders)
+    if state.report is not None:
+        state.asked_by = (state.report.session, state.report.asks)
+    state.handover = new_epoch(state)
+    state.handover_off = ""
+    state.presync_ready = not state.config.replication
+    state.ready_since_ms = now_ms
+    state.final_proved = False
+    state.final_since_ms = NEVER_MS
+    state.send_soon = True
+
+
+def ask_peer(state: State, orders: Orders, now_ms: int) -> None:
+    """Asks the peer to begin a handover to itself."""
+    state.asks = state.seq + 1
+    state.asked_ms = now_ms
+    state.refuses = None
+    state.send_soon = True
+
+
+def finish_receiving(state: State, orders: Orders, now_ms: int) -> None:
+    """The giver is prepared: the last pass and the proof are due."""
+    state.final_since_ms = now_ms
+    state.final_proved = not state.config.replication
+    state.echo_ms = NEVER_MS  # only what the giver grants from now on binds it
+
+
+def restore(state: State, orders: Orders, now_ms: int) -> None:
+    """Proved: nothing may write here any more but the clients."""
+    if state.config.replication:
+        state.receivers_stopped = False
+        orders.order(StopReceivers())
+
+
+def commit_handover(state: State, orders: Orders, now_ms: int) -> None:
+    """Orders COMMITTED into the journal."""
+    state.journal(
+        epoch=state.handover,
+        active=True,
+        boot_id=state.config.boot_id,
+        promise=False,
+        peer_promise=False,
+        peer_agent_only=state.report is not None and state.report.agent_only,
+        prepared=None,
+    )
+    state.commit_ordered = True
+
+
+def abort_receiving(state: State, orders: Orders, now_ms: int) -> None:
+    """Ends a handover to this node. Once the giver was asked to freeze, ABORTED is journaled.
+
+    COMMITTED may be on its way to the disk, or on it: then ABORTED replaces it, and is shown only
+    once the disk has it.
+    """
+    if state.presync_ready:
+        state.journal(
+            epoch=state.durable.epoch,
+            active=state.durable.active,
+            boot_id=state.durable.boot_id,
+            aborted=state.handover,
+        )
+    state.commit_ordered = False
+    _end_handover(state)
+
+
+def disown(state: State, orders: Orders, now_ms: int) -> None:
+    """Journals ABORTED for a handover that nobody here works on."""
+    given = handover.disowned(state, now_ms)
+    if given is not None:
+        state.journal(aborted=given)
+
+
+def begin_freeze(state: State, orders: Orders, now_ms: int) -> None:
+    """Closes the service: clients are held from here on."""
+    state.handover = state.report.handover if state.report is not None else None
+    state.handover_off = ""
+    state.asks = 0
+    state.frozen = False
+    state.froze = True
+    state.service_open = False
+    state.send_soon = True
+    orders.cancel("service")
+    orders.order(CloseService())
+    orders.order(Freeze())
+
+
+def end_freeze(state: State, orders: Orders, now_ms: int) -> None:
+    """The giver ends its freeze; it serves again on fresh evidence, as soon as it is thawed."""
+    state.refuses = state.handover
+    isolate(state, orders, now_ms)
+
+
+def prepare(state: State, orders: Orders, now_ms: int) -> None:
+    """Gives the authority away: the address goes, PREPARED is ordered. No way back from here."""
+    given = state.handover
+    release(state, orders, now_ms)
+    state.peer_down = ""
+    state.journal(prepared=given)
+
+
+def take_back(state: State, orders: Orders, now_ms: int) -> None:
+    """The receiver's ABORTED ends PREPARED."""
+    state.journal(prepared=None)
+
+
+def abort_giving(state: State, orders: Orders, now_ms: int) -> None:
+    """The operator ends a handover on the giver's side: the receiver is told."""
+    state.asks = 0
+    if state.phase is Phase.PREPARED:
+        state.refuses = state.prepared
+    elif state.report is not None:
+        state.refuses = state.report.handover
+    if state.phase is Phase.FREEZING:
+        state.handover_off = "the operator ended it"
+    state.send_soon = True
+
+
+def abort_here(state: State, orders: Orders, now_ms: int) -> None:
+    """The operator ends a handover on the receiver's side."""
+    state.handover_off = "the operator ended it"
+
+
+def restart_frozen(state: State, orders: Orders, now_ms: int) -> None:
+    """A planned restart in a freeze: the freeze ends first, and nothing is held any more."""
+    end_freeze(state, orders, now_ms)
+    begin_restart(state, orders, now_ms)
+
+
 def resolve(state: State, orders: Orders, now_ms: int) -> None:
     """Orders a new epoch above both histories; service comes with the peer's echo."""
-    state.journal(epoch=new_epoch(state), promise=False, peer_promise=False)
+    state.journal(epoch=new_epoch(state), promise=False, peer_promise=False, prepared=None)
 
 
 def serve(state: State, orders: Orders, now_ms: int) -> None:
@@ -258,6 +394,7 @@ def _may_promise(state: State) -> bool:
 def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:
     state.address_renewed_ms = now_ms
     state.service_open = True
+    _end_handover(state)
     state.lease_lost = ""
     state.repair = ""
     state.commit_ordered = False
@@ -265,6 +402,14 @@ def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:
     state.announced_ms = now_ms
     if not state.want.active or state.want.boot_id != state.config.boot_id:
         state.journal(active=True, boot_id=state.config.boot_id)
+
+
+def _end_handover(state: State) -> None:
+    state.handover = None
+    state.handover_off = ""
+    state.presync_ready = False
+    state.final_proved = False
+    state.frozen = False
 
 
 def _forget_attempt(state: State) -> None:

@@ -118,6 +118,10 @@ def _overdue(state: State, now_ms: int) -> None:
             absorb(model.LeaseLost(slot, reason), state, now_ms)
         elif slot == "receivers":
             absorb(model.ReceiversStopped(ok=False, detail=reason), state, now_ms)
+        elif slot == "freeze" and state.phase is Phase.FREEZING:
+            absorb(model.Frozen(ok=False, detail=reason), state, now_ms)
+        elif slot == "freeze":
+            absorb(model.Thawed(ok=False, detail=reason), state, now_ms)
         elif slot == "fence":
             absorb(model.FenceReported(off=False, detail="no end within its time"), state, now_ms)
 
@@ -181,6 +185,10 @@ def _detail(state: State, now_ms: int) -> str:
         parts.append(state.lease_lost)
     if state.fit is False:
         parts.append(state.fitness_reason)
+    if state.handover is not None:
+        parts.append(f"handover to epoch {state.handover}")
+    if state.handover_off:
+        parts.append(state.handover_off)
     if state.repair:
         parts.append(f"taken away: {state.repair}")
     return ", ".join(parts)

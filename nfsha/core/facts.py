@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from nfsha.core import lease, model
+from nfsha.core import handover, lease, model
 from nfsha.core.model import (
-    HANDOVER_PHASES,
     MAX_PENDING,
     NEVER_MS,
     Datagram,
@@ -42,6 +41,7 @@ def _(what: model.Heard, state: State, now_ms: int) -> None:
     if not _counts(state, datagram, echo) or echo is None:
         return
     _take_report(state, datagram, echo, now_ms)
+    _take_handover(state, datagram, now_ms)
     _take_evidence(state, datagram, echo)
     _take_promises(state, datagram, echo, now_ms)
 
@@ -110,6 +110,15 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
         state.idle_since_ms = now_ms
 
 
+def _take_handover(state: State, datagram: Datagram, now_ms: int) -> None:
+    """What was asked of the peer, or refused to it, is said until it is seen to know."""
+    if state.refuses is not None and datagram.handover != state.refuses:
+        state.refuses = None
+    waited = now_ms - state.asked_ms >= handover.ANSWER_MS
+    if state.asks and (datagram.handover is not None or not state.serving or waited):
+        state.asks = 0
+
+
 def _sent_before_the_fence(state: State, datagram: Datagram, now_ms: int) -> bool:
     """Was this datagram on its way when the agent proved its sender off?
 
@@ -136,7 +145,6 @@ def _take_evidence(state: State, datagram: Datagram, echo: Echo) -> None:
         or not datagram.echo_grants
         or datagram.serving
         or datagram.phase in lease.NO_EVIDENCE_PHASES
-        or datagram.phase in HANDOVER_PHASES
     ):
         return
     if not lease.timings_suffice(state, datagram):
@@ -240,6 +248,29 @@ def _(what: model.ReplicaChanged, state: State, now_ms: int) -> None:
     state.stamped = what.stamped
     state.volumes_seen = True
     state.newest_stamp = what.newest_stamp
+    if what.whole and state.handed_over and what.epoch == state.durable.epoch:
+        state.journal_if(prepared=None)  # the stamps say it from now on
+
+
+@absorb.register
+def _(what: model.PresyncChanged, state: State, now_ms: int) -> None:
+    if what.handover != state.handover or state.phase is not Phase.PRESYNC:
+        return
+    if what.failed:
+        state.handover_off = what.failed
+    if what.ready and not state.presync_ready:
+        state.presync_ready = True
+        state.ready_since_ms = now_ms
+        state.send_soon = True
+
+
+@absorb.register
+def _(what: model.FinalChanged, state: State, now_ms: int) -> None:
+    if what.handover != state.handover or state.phase is not Phase.FINAL_SYNC:
+        return
+    if what.failed:
+        state.handover_off = what.failed
+    state.final_proved = what.proved and not what.failed
 
 
 @absorb.register
@@ -284,6 +315,7 @@ def _(what: model.Persisted, state: State, now_ms: int) -> None:
     state.unsure = False
     state.unsure_promise_kept = True
     state.unsure_peer_promise = False
+    state.unsure_prepared = None
     state.persist_error = ""
     if state.commit_ordered and what.journal.epoch == state.want.epoch:
         state.commit_durable_ms = now_ms
@@ -294,6 +326,7 @@ def _(what: model.PersistFailed, state: State, now_ms: int) -> None:
     state.unsure = True
     state.unsure_promise_kept = state.unsure_promise_kept and state.writing.promise
     state.unsure_peer_promise = state.unsure_peer_promise or state.writing.peer_promise
+    state.unsure_prepared = state.writing.prepared or state.unsure_prepared
     state.persist_error = what.reason
     state.persist_failed_ms = now_ms
     state.count("persist_failed")
@@ -312,6 +345,21 @@ def _(what: model.Surveyed, state: State, now_ms: int) -> None:
 def _(what: model.ReceiversStopped, state: State, now_ms: int) -> None:
     state.receivers_stopped = what.ok
     state.receivers_stuck = "" if what.ok else what.detail
+
+
+@absorb.register
+def _(what: model.Frozen, state: State, now_ms: int) -> None:
+    if state.phase is not Phase.FREEZING:
+        return
+    state.frozen = what.ok
+    if not what.ok:
+        state.handover_off = what.detail
+
+
+@absorb.register
+def _(what: model.Thawed, state: State, now_ms: int) -> None:
+    state.froze = not what.ok
+    state.stuck_frozen = "" if what.ok else what.detail
 
 
 @absorb.register

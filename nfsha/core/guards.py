@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
-from nfsha.core import lease
-from nfsha.core.model import Command, CommandKind, Phase, Role
+from nfsha.core import handover, lease
+from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Command, CommandKind, Phase, Role
 from nfsha.core.state import State
 
 
@@ -67,7 +67,33 @@ class Guard(StrEnum):
     RECORDED = "peer-epoch-recorded"
     RESYNC = "resync-needed"
     VOLUMES_UNSEEN = "volumes-unseen"
+    # handover
+    THAWING = "still-frozen"
+    ASKED = "handover-asked"
+    DISOWNED = "handover-disowned"
+    RECEIVER_READY = "receiver-ready"
+    HANDOVER_OFF = "handover-off"
+    FREEZING = "freezing"
+    FROZEN = "frozen"
+    PREPARED = "prepared"
+    STILL_PREPARED = "still-prepared"
+    HANDED_OVER = "handed-over"
+    ABORTED = "handover-aborted"
+    RECEIVER_WORKS = "receiver-works"
+    APPROACHING = "approaching"
+    GIVER_ASKED = "giver-asked"
+    GIVER_PREPARED = "giver-prepared"
+    PROVING = "proving"
+    PROVED = "proved"
+    GIVER_UNBOUND = "giver-unbound"
+    RECEIVERS_END = "receivers-end"
+    PERSIST_FAILED = "persist-failed"
     # commands
+    HANDOVER = "handover-under-way"
+    THERE_ALREADY = "there-already"
+    NOT_POSSIBLE = "not-possible"
+    GIVES = "gives"
+    TOO_LATE = "too-late"
     ALLOWED = "allowed"
     SERVES = "serves"
     PEER_HEARD = "peer-heard"
@@ -98,6 +124,8 @@ COMMIT_EVIDENCE_HOLDS = 1
 
 def starting(state: State, now_ms: int) -> Guard:
     """STARTING is left at once, but for an adopted address that waits for evidence."""
+    if state.prepared is not None:
+        return Guard.PREPARED
     if not state.adopted:
         return Guard.IN_MAINTENANCE if state.durable.maintenance else Guard.NOT_ADOPTED
     epoch = _epoch_guard(state)
@@ -119,6 +147,8 @@ def waiting(state: State, now_ms: int) -> Guard:
         return epoch
     if state.want.epoch != state.durable.epoch:
         return Guard.ORDERED
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
     if state.epoch is None:
         return _waiting_without_epoch(state, now_ms)
     if state.is_authority:
@@ -157,6 +187,8 @@ def _returning(state: State, now_ms: int) -> Guard:
         return Guard.UNFIT
     if state.fit is None:
         return Guard.FIT_UNKNOWN
+    if state.froze:
+        return Guard.THAWING
     if now_ms - state.lease_lost_ms < LEASE_RETRY_MS:
         return Guard.COOLING
     if now_ms < lease.return_deadline_ms(state, now_ms) and not lease.peer_serves(state, now_ms):
@@ -175,6 +207,10 @@ def passive(state: State, now_ms: int) -> Guard:
     epoch = _epoch_guard(state)
     if epoch is not None:
         return epoch
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
+    if handover.asked(state, now_ms):
+        return Guard.ASKED
     if not state.whole:
         return Guard.RESYNC
     if state.fit is False:
@@ -183,6 +219,10 @@ def passive(state: State, now_ms: int) -> Guard:
         return Guard.PEER_SERVES
     if not lease.grants_ended(state, now_ms):
         return Guard.PEER_IDLE if lease.peer_heard(state, now_ms) else Guard.PEER_SILENT
+    return _may_take(state, now_ms)
+
+
+def _may_take(state: State, now_ms: int) -> Guard:
     if lease.takeover_obstacle(state):
         return Guard.OBSTACLE
     if lease.vip_unanswered(state, now_ms):
@@ -190,10 +230,28 @@ def passive(state: State, now_ms: int) -> Guard:
     return Guard.VIP_ANSWERED if _answered(state, now_ms) else Guard.VIP_UNKNOWN
 
 
+_GIVEN_UP = frozenset(
+    {
+        Guard.STOPPING,
+        Guard.UNFIT,
+        Guard.PEER_SERVES,
+        Guard.OPERATOR_FAILED,
+        Guard.CONDITIONS_LOST,
+        Guard.GATHERED_TOO_LONG,
+    }
+)
+"""What ends a takeover that has ordered nothing yet."""
+
+
 def takeover(state: State, now_ms: int) -> Guard:
     """TAKEOVER: gathers condition 5, orders the new epoch, waits for the disk and for evidence."""
     if state.commit_ordered:
         return _takeover_committed(state, now_ms)
+    guard = _takeover_uncommitted(state, now_ms)
+    return Guard.STILL_PREPARED if guard in _GIVEN_UP and state.prepared is not None else guard
+
+
+def _takeover_uncommitted(state: State, now_ms: int) -> Guard:
     if state.stopping:
         return Guard.STOPPING
     epoch = _epoch_guard(state)
@@ -221,7 +279,7 @@ def _takeover_gathering(state: State, now_ms: int) -> Guard:
         return Guard.CONDITIONS_LOST
     if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS:
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.GATHERED_TOO_LONG
-    if ready and state.receivers_stopped and lease.exclusive(state, now_ms):
+    if ready and state.receivers_stopped and not state.froze and lease.exclusive(state, now_ms):
         return Guard.EXCLUSIVE
     return Guard.GATHERING
 
@@ -274,6 +332,8 @@ def active(state: State, now_ms: int) -> Guard:
         return lost
     if state.fit is False:
         return Guard.UNFIT
+    if handover.receiver_ready(state, now_ms) and not state.repair:
+        return Guard.RECEIVER_READY
     return _serving_on(state, now_ms)
 
 
@@ -308,6 +368,10 @@ def returned(state: State, now_ms: int) -> Guard:
         return Guard.ORDERED if state.want.epoch == higher else Guard.HIGHER_UNRECORDED
     if state.is_authority or state.epoch is None:
         return Guard.JOURNAL_LOST
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
+    if handover.asked(state, now_ms):
+        return Guard.ASKED
     if not state.whole:
         return Guard.RESYNC
     return Guard.RECORDED if lease.peer_heard(state, now_ms) else Guard.PEER_UNHEARD
@@ -317,11 +381,13 @@ def isolated(state: State, now_ms: int) -> Guard:
     """ISOLATED: the authority without evidence."""
     if state.stopping:
         return Guard.STOPPING
-    if state.want.epoch != state.durable.epoch:
+    if state.want.epoch != state.durable.epoch or state.prepared is not None:
         return Guard.ORDERED  # `resolve` orders it; until then the two histories still meet
     epoch = _epoch_guard(state)
     if epoch is not None:
         return epoch
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
     return _returning(state, now_ms)
 
 
@@ -346,6 +412,8 @@ def maintenance(state: State, now_ms: int) -> Guard:
         return _serving_on(state, now_ms)
     if higher is not None and higher.authority is not state.me and state.want.epoch != higher:
         return Guard.HIGHER_UNRECORDED
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
     return Guard.STOPPING if state.stopping else Guard.IN_MAINTENANCE
 
 
@@ -356,12 +424,97 @@ def fault(state: State, now_ms: int) -> Guard:
     epoch = _epoch_guard(state)
     if epoch is not None:
         return epoch
+    if handover.disowned(state, now_ms) is not None:
+        return Guard.DISOWNED
     if state.fit is not True:
         return Guard.UNFIT
     if state.is_authority:
         return Guard.FIT_AUTHORITY
     heard = state.peer_session != 0
     return Guard.FIT_REPLICA if heard and state.epoch is not None else Guard.FIT_UNHEARD
+
+
+# --------------------------------------------------------------------------- handover: the giver
+
+
+def freezing(state: State, now_ms: int) -> Guard:
+    """FREEZING: the clients are held; until PREPARED is ordered this node may serve on."""
+    epoch = _epoch_guard(state)
+    if epoch is not None:
+        return epoch
+    lost = _serving_lost(state, now_ms)
+    if lost is not None:
+        return lost
+    if handover.freeze_off(state, now_ms):
+        return Guard.HANDOVER_OFF
+    return Guard.FROZEN if state.frozen else Guard.FREEZING
+
+
+def prepared(state: State, now_ms: int) -> Guard:
+    """PREPARED: only the receiver's word ends it, or a takeover with a still higher epoch."""
+    if state.stopping:
+        return Guard.STOPPING
+    if lease.conflicting_epoch(state) is not None:
+        return Guard.CONFLICT
+    higher = lease.higher_epoch(state)
+    if higher is not None:
+        return Guard.HANDED_OVER if higher == state.prepared else Guard.HIGHER
+    if handover.aborted_by_receiver(state):
+        return Guard.ABORTED
+    if not handover.settled(state):
+        return Guard.PERSISTING
+    if lease.peer_heard(state, now_ms):
+        return Guard.RECEIVER_WORKS
+    if not lease.grants_ended(state, now_ms):
+        return Guard.PEER_SILENT
+    return _may_take(state, now_ms)
+
+
+# --------------------------------------------------------------------------- handover: the receiver
+
+
+def presync(state: State, now_ms: int) -> Guard:
+    """PRESYNC: comes near to the giver's data while that one serves."""
+    epoch = _epoch_guard(state)
+    if epoch is not None:
+        return epoch
+    if handover.receiving_off(state, now_ms):
+        return Guard.HANDOVER_OFF
+    if not state.presync_ready:
+        return Guard.APPROACHING
+    return Guard.GIVER_PREPARED if handover.giver_prepared(state) else Guard.GIVER_ASKED
+
+
+def final_sync(state: State, now_ms: int) -> Guard:
+    """FINAL_SYNC: the last pass and the proof; the clients are held."""
+    epoch = _epoch_guard(state)
+    if epoch is not None:
+        return epoch
+    if handover.receiving_off(state, now_ms):
+        return Guard.HANDOVER_OFF
+    return Guard.PROVED if state.final_proved else Guard.PROVING
+
+
+def restoring(state: State, now_ms: int) -> Guard:
+    """RESTORING: COMMITTED, while the giver is bound; then serves."""
+    if state.commit_ordered:
+        return _restoring_committed(state, now_ms)
+    epoch = _epoch_guard(state)
+    if epoch is not None:
+        return epoch
+    if handover.receiving_off(state, now_ms):
+        return Guard.HANDOVER_OFF
+    if not state.receivers_stopped:
+        return Guard.RECEIVERS_END
+    if not handover.giver_bound(state, now_ms) or state.persist_error or state.unsure:
+        return Guard.GIVER_UNBOUND
+    return Guard.EXCLUSIVE
+
+
+def _restoring_committed(state: State, now_ms: int) -> Guard:
+    if not state.committed:
+        return Guard.PERSIST_FAILED if state.persist_error else Guard.PERSISTING
+    return _takeover_committed(state, now_ms)
 
 
 def _epoch_guard(state: State) -> Guard | None:
@@ -385,8 +538,13 @@ TURN_GUARDS: dict[Phase, Callable[[State, int], Guard]] = {
     Phase.DIVERGED: diverged,
     Phase.MAINTENANCE: maintenance,
     Phase.FAULT: fault,
+    Phase.FREEZING: freezing,
+    Phase.PREPARED: prepared,
+    Phase.PRESYNC: presync,
+    Phase.FINAL_SYNC: final_sync,
+    Phase.RESTORING: restoring,
 }
-"""The classifier of a turn in each phase that this table reaches."""
+"""The classifier of a turn in each phase."""
 
 
 # --------------------------------------------------------------------------- commands
@@ -404,6 +562,8 @@ def _on_activate(state: State, command: Command, now_ms: int) -> Guard:
         return Guard.SETTLING
     if state.serving:
         return Guard.SERVES
+    if state.phase in RECEIVING_PHASES:
+        return Guard.HANDOVER
     if state.phase is Phase.TAKEOVER and (state.commit_ordered or state.by_operator):
         return Guard.REPEATED
     if state.phase is Phase.DIVERGED:
@@ -423,6 +583,8 @@ def _on_activate(state: State, command: Command, now_ms: int) -> Guard:
 def _on_maintenance(state: State, command: Command, now_ms: int) -> Guard:
     if state.phase is Phase.MAINTENANCE:
         return Guard.REPEATED
+    if state.phase in RECEIVING_PHASES | GIVING_PHASES:
+        return Guard.HANDOVER
     if state.phase in (Phase.STARTING, Phase.TAKEOVER):
         return Guard.SETTLING
     if state.phase is Phase.DIVERGED:
@@ -455,6 +617,32 @@ def _on_stop(state: State, command: Command, now_ms: int) -> Guard:
     return Guard.SERVES if serves else Guard.ALLOWED
 
 
+def _on_handover(state: State, command: Command, now_ms: int) -> Guard:
+    if state.phase in RECEIVING_PHASES | GIVING_PHASES or state.asks:
+        return Guard.HANDOVER
+    if state.phase is Phase.ACTIVE:
+        if command.to is state.me:
+            return Guard.THERE_ALREADY
+        could = handover.peer_could_receive(state, now_ms)
+        return Guard.SERVES if could else Guard.NOT_POSSIBLE
+    if state.phase not in (Phase.PASSIVE, Phase.RETURNED):
+        return Guard.NOT_POSSIBLE
+    if not handover.possible(state, now_ms):
+        return Guard.NOT_POSSIBLE
+    return Guard.ALLOWED if command.to is state.me else Guard.THERE_ALREADY
+
+
+def _on_abort(state: State, command: Command, now_ms: int) -> Guard:
+    if state.phase in RECEIVING_PHASES:
+        return Guard.TOO_LATE if state.commit_ordered else Guard.ALLOWED
+    if state.phase in GIVING_PHASES or state.asks:
+        return Guard.GIVES
+    report = state.report
+    if state.phase is Phase.ACTIVE and report is not None and report.handover is not None:
+        return Guard.GIVES
+    return Guard.NOT_POSSIBLE
+
+
 _COMMAND_GUARDS: dict[CommandKind, Callable[[State, Command, int], Guard]] = {
     CommandKind.ACTIVATE: _on_activate,
     CommandKind.MAINTENANCE_ON: _on_maintenance,
@@ -463,4 +651,6 @@ _COMMAND_GUARDS: dict[CommandKind, Callable[[State, Command, int], Guard]] = {
     CommandKind.RESOLVE: _on_resolve,
     CommandKind.STOP: _on_stop,
     CommandKind.RESTART: _on_stop,
+    CommandKind.HANDOVER: _on_handover,
+    CommandKind.ABORT: _on_abort,
 }

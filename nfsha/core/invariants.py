@@ -6,7 +6,7 @@ in the kernel end. The pair's invariants (I1, I2, ..) are checked by the simulat
 
 from __future__ import annotations
 
-from nfsha.core.model import Phase
+from nfsha.core.model import RECEIVING_PHASES, Phase
 from nfsha.core.state import State
 
 
@@ -16,6 +16,10 @@ class BrokenInvariantError(AssertionError):
 
 def broken(state: State) -> str:
     """The first invariant that this state breaks, as a sentence; "" when none."""
+    return _phase_broken(state) or _journal_broken(state) or _handover_broken(state)
+
+
+def _phase_broken(state: State) -> str:
     epoch = state.durable.epoch
     if state.phase is Phase.ACTIVE and not state.is_authority:
         return f"ACTIVE, but the journal's epoch is {epoch}"
@@ -25,15 +29,31 @@ def broken(state: State) -> str:
         return "ISOLATED without an epoch"
     if state.durable.promise and state.serving:
         return "serves although it promised not to take over"
-    if epoch is not None and state.want.epoch is None:
+    return ""
+
+
+def _journal_broken(state: State) -> str:
+    epoch, wanted = state.durable.epoch, state.want.epoch
+    if epoch is None:
+        return ""
+    if epoch == state.durable.aborted:
+        return f"the journal has {epoch} both committed and aborted"
+    if wanted is None:
         return "the journal would forget its epoch"
-    if epoch is not None and state.want.epoch is not None:
-        if state.want.epoch.number < epoch.number:
-            return f"the journal would go back from {epoch} to {state.want.epoch}"
-        if state.want.epoch.number == epoch.number and state.want.epoch != epoch:
-            return f"the journal would replace {epoch} by {state.want.epoch}"
-    if state.commit_ordered and state.phase is not Phase.TAKEOVER:
-        return "a commit is ordered outside of TAKEOVER"
+    if wanted.number < epoch.number:
+        return f"the journal would go back from {epoch} to {wanted}"
+    if wanted.number == epoch.number and wanted != epoch:
+        return f"the journal would replace {epoch} by {wanted}"
+    return ""
+
+
+def _handover_broken(state: State) -> str:
+    if state.commit_ordered and state.phase not in (Phase.TAKEOVER, Phase.RESTORING):
+        return f"a commit is ordered in {state.phase}"
+    if state.serving and state.prepared is not None:
+        return f"serves although it gave its authority away to {state.prepared}"
+    if state.handover is not None and state.phase not in RECEIVING_PHASES | {Phase.FREEZING}:
+        return f"works on the handover {state.handover} in {state.phase}"
     return ""
 
 

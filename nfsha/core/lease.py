@@ -14,8 +14,20 @@ from nfsha.core.model import (
 )
 from nfsha.core.state import State
 
-NO_EVIDENCE_PHASES = frozenset({Phase.TAKEOVER, Phase.ACTIVE, Phase.DIVERGED})
+NO_EVIDENCE_PHASES = frozenset(
+    {
+        Phase.TAKEOVER,
+        Phase.ACTIVE,
+        Phase.DIVERGED,
+        Phase.FREEZING,
+        Phase.FINAL_SYNC,
+        Phase.RESTORING,
+    }
+)
 """An echo sent from one of these phases grants nothing."""
+
+ABOUT_TO_SERVE = frozenset({Phase.TAKEOVER, Phase.FINAL_SYNC, Phase.RESTORING})
+"""A peer that is heard in one of these may serve at any moment."""
 
 IDLE_PHASES = frozenset(
     {
@@ -44,12 +56,12 @@ def peer_heard(state: State, now_ms: int) -> bool:
 
 
 def peer_serves(state: State, now_ms: int) -> bool:
-    """The peer is heard and serves, or is past its own takeover's gathering."""
+    """The peer is heard and serves, or is about to: by a takeover, or a handover to it."""
     report = state.report
     return (
         report is not None
         and peer_heard(state, now_ms)
-        and (report.serving or report.phase is Phase.TAKEOVER)
+        and (report.serving or report.phase in ABOUT_TO_SERVE)
     )
 
 

@@ -49,10 +49,11 @@ class Phase(StrEnum):
     PREPARED = "PREPARED"
 
 
-HANDOVER_PHASES = frozenset(
-    {Phase.PRESYNC, Phase.FINAL_SYNC, Phase.RESTORING, Phase.FREEZING, Phase.PREPARED}
-)
-"""Phases of a planned move. A peer in one of them is never counted as idle."""
+RECEIVING_PHASES = frozenset({Phase.PRESYNC, Phase.FINAL_SYNC, Phase.RESTORING})
+"""Phases of the node that shall serve after a handover."""
+
+GIVING_PHASES = frozenset({Phase.FREEZING, Phase.PREPARED})
+"""Phases of the node that serves before a handover."""
 
 
 class Exclusivity(StrEnum):
@@ -99,6 +100,11 @@ class Journal:
     maintenance: bool = False
     peer_agent_only: bool = False
     """The peer's datagrams showed that a fence agent is its only way to take over."""
+    prepared: Epoch | None = None
+    """This node gave its authority away to this epoch: it never again serves an older one, but
+    for the peer's `aborted`. Once it is `epoch`, the volumes here hold its data, by the proof."""
+    aborted: Epoch | None = None
+    """The newest handover to this node that will never be: it excludes `epoch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +173,18 @@ class Datagram:
     absence_ms: int
     """Announced absence of a planned restart; 0 when none."""
     known_number: int = 0
-    """The highest epoch number that the sender knows of, be it only from the authority record or
-    a volume's stamp: a new epoch must lie above it."""
+    """The highest epoch number that the sender knows of, be it only from the authority record, a
+    volume's stamp or a handover that was begun: a new epoch must lie above it."""
+    handover: Epoch | None = None
+    """The epoch of the handover that the sender works on."""
+    ready: bool = False
+    """Of a receiver: the giver may freeze. Of a giver: PREPARED is durable, the address gone."""
+    aborted: Epoch | None = None
+    """The newest handover to the sender that durably will never be."""
+    refuses: Epoch | None = None
+    """The giver wants this handover ended."""
+    asks: int = 0
+    """The giver asks for a handover; another number is another request, 0 none."""
 
 
 MAX_PENDING = 4
@@ -251,6 +267,24 @@ class ReplicaChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class PresyncChanged:
+    """The receiver's copy: so near to the giver's that the rest fits a freeze, or why it fails."""
+
+    handover: Epoch
+    ready: bool
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FinalChanged:
+    """The receiver's copy is proved equal to the frozen giver's, or why that failed."""
+
+    handover: Epoch
+    proved: bool
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AddressChanged:
     """The kernel says whether the VIP is on the interface; not caused by an action of ours."""
 
@@ -313,6 +347,22 @@ class ReceiversStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Frozen:
+    """The freeze ended: nothing writes any more, all is on the disk; or why that cannot be."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thawed:
+    """The volumes take writes again; or why they do not (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseLost:
     """A lease in the kernel could not be taken or renewed, or came too late."""
 
@@ -340,16 +390,22 @@ class CommandKind(StrEnum):
     RESOLVE = "resolve"
     STOP = "stop"
     RESTART = "restart"
+    HANDOVER = "handover"
+    ABORT = "abort"
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One request; `number` returns in the `Reply`. `force` and `keep` go with some kinds."""
+    """One request; `number` returns in the `Reply`. `force`, `keep` and `to` go with some kinds.
+
+    `keep`: whose history is kept. `to`: who shall serve after the handover.
+    """
 
     kind: CommandKind
     number: int
     force: bool = False
     keep: Role | None = None
+    to: Role | None = None
 
 
 Fact = (
@@ -361,6 +417,8 @@ Fact = (
     | FenceReported
     | FitChanged
     | ReplicaChanged
+    | PresyncChanged
+    | FinalChanged
     | AddressChanged
     | RulesetLost
     | CarrierChanged
@@ -371,6 +429,8 @@ Result = (
     | PersistFailed
     | Surveyed
     | ReceiversStopped
+    | Frozen
+    | Thawed
     | LeaseLost
     | LeaseHeld
     | AddressChanged
@@ -501,6 +561,19 @@ class StopReceivers:
 
 
 @dataclass(frozen=True, slots=True)
+class Freeze:
+    """Waits until no request is under way, then puts all on the disk: `Frozen`.
+
+    And makes the volumes read-only, where it can.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw:
+    """Ends a freeze, or stops one that is under way: `Thawed`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """The daemon may end now; nothing of the core runs after it."""
 
@@ -525,6 +598,8 @@ Action = (
     | PublishRecord
     | Fence
     | StopReceivers
+    | Freeze
+    | Thaw
     | Exit
 )
 
@@ -573,6 +648,10 @@ class CoreConfig:
     service_lease: bool = True
     replication: bool = False
     start_alone_after_ms: int | None = None
+    freeze_limit_ms: int = 5_000
+    """The longest that the giver may take until nothing writes any more."""
+    final_limit_ms: int = 20_000
+    """The longest from the giver's word that it is prepared to the proof of equal data."""
 
     @property
     def agent_only(self) -> bool:

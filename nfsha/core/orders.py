@@ -21,6 +21,8 @@ SLOTS: dict[type, tuple[str, int]] = {
     model.TakeToken: ("token", 5000),
     model.Fence: ("fence", 60_000),
     model.StopReceivers: ("receivers", 10_000),
+    model.Freeze: ("freeze", 60_000),
+    model.Thaw: ("freeze", 10_000),
 }
 """Slot and longest time in flight, in milliseconds, of each action that has a result."""
 
@@ -29,6 +31,7 @@ OVERDUE: dict[str, str] = {
     "address": "the kernel gave no answer about the address within 2 s",
     "service": "the firewall gave no answer within 2 s",
     "receivers": "the receiving processes were not gone within 10 s",
+    "freeze": "the volumes gave no answer within 10 s",
 }
 
 

@@ -29,6 +29,29 @@ class Fetch:
     epoch: Epoch
     start: bool
     why: str = ""
+    proved: bool = False
+    """The volumes hold this epoch's data already, by the proof of a handover: they are stamped
+    before anything is fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Approach:
+    """This node fetches the data of this epoch, pass after pass, until what is left fits a freeze.
+
+    `more` False: it came near enough, and only keeps near.
+    """
+
+    epoch: Epoch
+    handover: Epoch
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The giver stands still: the last pass, and the proof that both copies are equal."""
+
+    epoch: Epoch
+    handover: Epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +61,7 @@ class Rest:
     why: str
 
 
-Flow = Offer | Fetch | Rest
+Flow = Offer | Fetch | Approach | Finish | Rest
 
 
 def flow(state: State, now_ms: int) -> Flow:
@@ -55,11 +78,17 @@ def flow(state: State, now_ms: int) -> Flow:
     if state.is_authority:
         if state.serving and state.phase is not Phase.STARTING:
             return Offer(epoch)
+        if state.phase is Phase.PREPARED:
+            return Offer(epoch)  # the receiver's last pass and proof
         return Rest(f"this node has the truth of epoch {epoch.number}, but does not serve")
     return _flow_to(state, epoch, now_ms)
 
 
 def _flow_to(state: State, epoch: Epoch, now_ms: int) -> Flow:
+    if state.handover is not None and state.phase is Phase.PRESYNC:
+        return Approach(epoch, state.handover, more=not state.presync_ready)
+    if state.handover is not None and state.phase is Phase.FINAL_SYNC:
+        return Finish(epoch, state.handover)
     if state.phase not in (Phase.PASSIVE, Phase.RETURNED):
         return Rest(f"nothing is fetched in {state.phase}")
     report = state.report
@@ -68,7 +97,8 @@ def _flow_to(state: State, epoch: Epoch, now_ms: int) -> Flow:
     if report.epoch != epoch:
         return Rest("the peer shows another epoch than the journal here")
     if not lease.peer_heard(state, now_ms):
-        return Fetch(epoch, start=False, why="the peer is silent")
+        return Fetch(epoch, start=False, why="the peer is silent", proved=state.handed_over)
     if not report.serving:
-        return Fetch(epoch, start=False, why=f"the peer does not serve: it is {report.phase}")
-    return Fetch(epoch, start=True)
+        why = f"the peer does not serve: it is {report.phase}"
+        return Fetch(epoch, start=False, why=why, proved=state.handed_over)
+    return Fetch(epoch, start=True, proved=state.handed_over)

@@ -69,6 +69,8 @@ class State:
     """All that the disk may hold says that this node promised, as `durable` does."""
     unsure_peer_promise: bool = False
     """Something that the disk may hold says that the peer promised."""
+    unsure_prepared: Epoch | None = None
+    """Something that the disk may hold says that the authority was given away to this epoch."""
     persist_error: str = ""
     persist_failed_ms: int = NEVER_MS
 
@@ -164,6 +166,32 @@ class State:
     """When the agent proved the peer off."""
     fence_failed_ms: int = NEVER_MS
 
+    # handover
+    handover: Epoch | None = None
+    """The epoch of the handover that this node works on."""
+    handover_off: str = ""
+    """Why this node ends the handover that it works on."""
+    presync_ready: bool = False
+    ready_since_ms: int = NEVER_MS
+    """Since when the giver is asked to freeze."""
+    final_since_ms: int = NEVER_MS
+    """Since when the giver is known to be prepared: the clients are held."""
+    final_proved: bool = False
+    frozen: bool = False
+    """Nothing writes any more, and all is on the disk."""
+    froze: bool = False
+    """A freeze was begun, and its end is not proved yet."""
+    stuck_frozen: str = ""
+    """Why a freeze cannot be ended."""
+    thaw_tried_ms: int = NEVER_MS
+    refuses: Epoch | None = None
+    """A handover of the peer that this node wants ended."""
+    asks: int = 0
+    """This node asks the peer to begin a handover."""
+    asked_ms: int = NEVER_MS
+    asked_by: tuple[int, int] = (0, 0)
+    """The peer's session and number of the last request that was looked at."""
+
     # maintenance, stop
     maintenance_serving: bool = False
     stopping: str = ""
@@ -224,11 +252,12 @@ class State:
 
     @property
     def serving(self) -> bool:
-        """This node accepts clients, or holds the address on the strength of an adoption."""
+        """This node accepts clients, or holds the address: by an adoption, or in a freeze."""
         return (
             self.phase is Phase.ACTIVE
             or (self.phase is Phase.MAINTENANCE and self.maintenance_serving)
             or (self.phase is Phase.STARTING and self.adopted)
+            or self.phase is Phase.FREEZING
         )
 
     @property
@@ -237,9 +266,26 @@ class State:
 
         An authority's own data is the truth. Where somebody else replicates, it is taken as given.
         """
-        if not self.config.replication or self.is_authority:
+        if not self.config.replication or self.is_authority or self.handed_over:
             return True
         return self.replica_whole and self.replica_epoch == self.durable.epoch
+
+    @property
+    def handed_over(self) -> bool:
+        """The journaled epoch began with the proof that the volumes here hold its data."""
+        return self.durable.prepared is not None and self.durable.prepared == self.durable.epoch
+
+    @property
+    def prepared(self) -> Epoch | None:
+        """The epoch to which this node gave its authority away, and which it has not seen begin.
+
+        As soon as it is ordered, and as long as the disk may have it.
+        """
+        on_its_way = self.writing.prepared if "persist" in self.flights else None
+        for given in (self.want.prepared, self.durable.prepared, on_its_way, self.unsure_prepared):
+            if given is not None and given.number > self.epoch_number:
+                return given
+        return None
 
     @property
     def whole_reason(self) -> str:
@@ -251,13 +297,22 @@ class State:
     @property
     def fit(self) -> bool | None:
         """Own service, storage and the VIP's carrier: sound, broken, or not known yet (None)."""
-        return self.service_fit if self.carrier and not self.receivers_stuck else False
+        return self.service_fit if self.carrier and not self.stuck else False
+
+    @property
+    def stuck(self) -> str:
+        """What of a former decision cannot be undone, and forbids to serve; "" when nothing."""
+        if self.receivers_stuck:
+            return f"a receiving process cannot be ended: {self.receivers_stuck}"
+        if self.stuck_frozen:
+            return f"the volumes stay frozen: {self.stuck_frozen}"
+        return ""
 
     @property
     def fitness_reason(self) -> str:
         """Why `fit` is as it is."""
-        if self.receivers_stuck:
-            return f"a receiving process cannot be ended: {self.receivers_stuck}"
+        if self.stuck:
+            return self.stuck
         return self.service_reason if self.carrier else "the VIP's interface has no carrier"
 
     @property

@@ -27,12 +27,7 @@ P = Phase
 G = Guard
 E = effects
 
-ALL = tuple(
-    phase
-    for phase in Phase
-    if phase not in (P.PRESYNC, P.FINAL_SYNC, P.RESTORING, P.FREEZING, P.PREPARED)
-)
-"""The phases that this table reaches."""
+ALL = tuple(Phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +70,20 @@ def _refuse(
     return Row(row, phases, command, guard, effects.nothing, None, why, refuses=True)
 
 
+def _disown(row: str, phase: Phase) -> Row:
+    return _turn(row, phase, G.DISOWNED, E.disown, None,
+                 "the peer gave its authority away to a handover that nobody here works on: "
+                 "it is recorded that it will never be")  # fmt: skip
+
+
 _STARTING = (
     _turn("S10", P.STARTING, G.NOT_ADOPTED, E.release, P.WAITING,
           "nothing of a former run can be adopted: what was left is removed"),
     _turn("S12", P.STARTING, G.IN_MAINTENANCE, E.release, P.MAINTENANCE,
           "the journal says maintenance"),
+    _turn("S14", P.STARTING, G.PREPARED, E.release, P.PREPARED,
+          "the journal says that the authority was given away: only the receiver's word, or a "
+          "takeover, ends that"),
     _turn("S20", P.STARTING, G.EVIDENCE, E.adopt, P.ACTIVE,
           "the address of the former run still stands and this session has evidence of its own"),
     _turn("S22", P.STARTING, G.EVIDENCE_MAINTENANCE, E.adopt, P.MAINTENANCE,
@@ -111,6 +115,8 @@ _WAITING = (
           "a higher epoch exists, and this node is not a whole replica of it"),
     _turn("W50", P.WAITING, G.UNFIT, E.nothing, P.FAULT,
           "the authority, but its own service or storage is broken"),
+    _disown("W70", P.WAITING),
+    _stay("W87", P.WAITING, G.THAWING, "may serve; the volumes are still frozen"),
     _stay("W90", P.WAITING, G.PEER_UNHEARD,
           "waits for the peer: a node that boots never serves alone "
           "(`nfsha activate` if the peer is gone for good)"),
@@ -146,6 +152,9 @@ _PASSIVE = (
           "this node is not a whole replica any more"),
     _turn("P50", P.PASSIVE, G.UNFIT, E.nothing, P.FAULT,
           "the own service or storage is broken: this node could not take over"),
+    _disown("P70", P.PASSIVE),
+    _turn("P60", P.PASSIVE, G.ASKED, E.begin_receiving, P.PRESYNC,
+          "the giver's operator asks for a handover to this node"),
     _stay("P90", P.PASSIVE, G.PEER_SERVES, "the peer serves"),
     _stay("P91", P.PASSIVE, G.PEER_IDLE,
           "the peer is heard but does not serve; it has 2 s to return before this node takes over"),
@@ -176,6 +185,8 @@ _TAKEOVER = (
           "what the operator asked for cannot be: the peer serves, or somebody else holds the VIP"),
     _turn("T36", P.TAKEOVER, G.STOPPING, E.give_up_takeover, P.WAITING,
           "the daemon is stopping: nothing was ordered yet"),
+    _turn("T38", P.TAKEOVER, G.STILL_PREPARED, E.give_up_takeover, P.PREPARED,
+          "the takeover is given up; that the authority was given away still stands"),
     _turn("T40", P.TAKEOVER, G.CONFLICT, E.isolate, P.DIVERGED,
           "the peer has another epoch of the same number: two histories"),
     _turn("T42", P.TAKEOVER, G.HIGHER, E.follow, P.RETURNED,
@@ -194,6 +205,8 @@ _TAKEOVER = (
 _ACTIVE = (
     _turn("A20", P.ACTIVE, G.REPAIR, E.repair, None,
           "somebody else took away what this node serves with: it is put back"),
+    _turn("A30", P.ACTIVE, G.RECEIVER_READY, E.begin_freeze, P.FREEZING,
+          "the receiver is near enough: clients are held from now on"),
     _turn("A40", P.ACTIVE, G.CONFLICT, E.isolate, P.DIVERGED,
           "the peer has another epoch of the same number: two histories, both release"),
     _turn("A42", P.ACTIVE, G.HIGHER, E.follow, P.RETURNED,
@@ -217,6 +230,9 @@ _RETURNED = (
           "the peer's epoch is ordered into the journal"),
     _turn("R40", P.RETURNED, G.CONFLICT, E.isolate, P.DIVERGED,
           "the peer has another epoch of the same number: two histories"),
+    _turn("R60", P.RETURNED, G.ASKED, E.begin_receiving, P.PRESYNC,
+          "the giver's operator asks for a handover to this node"),
+    _disown("R70", P.RETURNED),
     _stay("R90", P.RETURNED, G.ORDERED, "the peer's epoch is on its way to the disk"),
     _stay("R91", P.RETURNED, G.RESYNC, "not a whole replica yet: waits for a complete resync"),
     _stay("R92", P.RETURNED, G.JOURNAL_LOST,
@@ -236,6 +252,8 @@ _ISOLATED = (
     _turn("I42", P.ISOLATED, G.HIGHER, E.follow, P.RETURNED,
           "a higher epoch exists: the peer took over meanwhile"),
     _turn("I50", P.ISOLATED, G.UNFIT, E.nothing, P.FAULT, "the own service or storage is broken"),
+    _disown("I70", P.ISOLATED),
+    _stay("I97", P.ISOLATED, G.THAWING, "may serve; the volumes are still frozen"),
     _stay("I90", P.ISOLATED, G.NO_EVIDENCE,
           "the authority without evidence: waits for an echo of the peer "
           "(`nfsha confirm-peer-down` if it is known to be off)"),
@@ -246,7 +264,7 @@ _ISOLATED = (
           "may serve, and asks whether anybody answers for the VIP"),
     _stay("I96", P.ISOLATED, G.COOLING,
           "a lease in the kernel was lost a moment ago: tries again within a second"),
-    _stay("I95", P.ISOLATED, G.ORDERED, "the new epoch is on its way to the disk"),
+    _stay("I95", P.ISOLATED, G.ORDERED, "what was decided is on its way to the disk"),
     _stay("I98", P.ISOLATED, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
 
@@ -274,6 +292,7 @@ _MAINTENANCE = (
           "this node stood still for longer than its lease"),
     _turn("M64", P.MAINTENANCE, G.LEASE_LOST, E.isolate, P.ISOLATED,
           "a lease in the kernel ended or could not be had"),
+    _disown("M70", P.MAINTENANCE),
     _stay("M90", P.MAINTENANCE, G.EVIDENCE, "serves, and starts nothing by itself"),
     _stay("M91", P.MAINTENANCE, G.IN_MAINTENANCE,
           "starts nothing by itself (`nfsha maintenance off` ends it)"),
@@ -289,18 +308,111 @@ _FAULT = (
           "the peer has another epoch of the same number: two histories"),
     _turn("F42", P.FAULT, G.HIGHER, E.follow, P.RETURNED,
           "a higher epoch exists: the peer took over meanwhile"),
+    _disown("F70", P.FAULT),
     _stay("F90", P.FAULT, G.UNFIT, "the own service or storage is broken"),
     _stay("F98", P.FAULT, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
 
+_FREEZING = (
+    _turn("G10", P.FREEZING, G.FROZEN, E.prepare, P.PREPARED,
+          "nothing writes any more: the address goes, and the authority is given away"),
+    _turn("G30", P.FREEZING, G.HANDOVER_OFF, E.end_freeze, P.ISOLATED,
+          "the handover ends before anything was given away: this node serves on at once"),
+    _turn("G40", P.FREEZING, G.CONFLICT, E.isolate, P.DIVERGED,
+          "the peer has another epoch of the same number: two histories"),
+    _turn("G42", P.FREEZING, G.HIGHER, E.follow, P.RETURNED,
+          "a higher epoch exists: this node releases at once"),
+    _turn("G60", P.FREEZING, G.EVIDENCE_LOST, E.end_freeze, P.ISOLATED,
+          "nothing proves any more that the peer may not take over"),
+    _turn("G62", P.FREEZING, G.TURN_GAP, E.end_freeze, P.ISOLATED,
+          "this node stood still for longer than its lease"),
+    _turn("G64", P.FREEZING, G.LEASE_LOST, E.end_freeze, P.ISOLATED,
+          "a lease in the kernel ended or could not be had"),
+    _stay("G90", P.FREEZING, G.FREEZING, "waits until nothing writes any more"),
+)  # fmt: skip
+
+_PREPARED = (
+    _turn("Q10", P.PREPARED, G.HANDED_OVER, E.follow, P.RETURNED,
+          "the receiver has the authority: this node holds the same data"),
+    _turn("Q20", P.PREPARED, G.ABORTED, E.take_back, P.ISOLATED,
+          "the receiver's journal says that it will never take what was given to it"),
+    _turn("Q30", P.PREPARED, G.MAY_TAKE, E.begin_takeover, P.TAKEOVER,
+          "the receiver is gone: a takeover with an epoch above the one given away"),
+    _turn("Q40", P.PREPARED, G.CONFLICT, E.isolate, P.DIVERGED,
+          "the peer has another epoch of the same number: two histories"),
+    _turn("Q42", P.PREPARED, G.HIGHER, E.follow, P.RETURNED,
+          "a higher epoch than the one given away exists"),
+    _stay("Q90", P.PREPARED, G.RECEIVER_WORKS,
+          "gave its authority away; waits for the receiver's word"),
+    _stay("Q91", P.PREPARED, G.PERSISTING, "that the authority is given away goes to the disk"),
+    _stay("Q92", P.PREPARED, G.PEER_SILENT,
+          "the receiver is silent; what this node granted it has not run out yet"),
+    _stay("Q93", P.PREPARED, G.OBSTACLE, "the receiver is gone, but this node must not take over"),
+    _stay("Q94", P.PREPARED, G.VIP_ANSWERED,
+          "the receiver is silent, but its kernel answers for the VIP"),
+    _stay("Q95", P.PREPARED, G.VIP_UNKNOWN,
+          "the receiver is silent; asks whether anybody answers for the VIP"),
+    _stay("Q98", P.PREPARED, G.STOPPING, "the daemon is stopping"),
+)  # fmt: skip
+
+_PRESYNC = (
+    _turn("Y10", P.PRESYNC, G.GIVER_PREPARED, E.finish_receiving, P.FINAL_SYNC,
+          "the giver is prepared: last pass and proof"),
+    _turn("Y30", P.PRESYNC, G.HANDOVER_OFF, E.abort_receiving, P.PASSIVE,
+          "the handover ends here; the giver serves on"),
+    _turn("Y40", P.PRESYNC, G.CONFLICT, E.isolate, P.DIVERGED,
+          "the peer has another epoch of the same number: two histories"),
+    _turn("Y42", P.PRESYNC, G.HIGHER, E.follow, P.RETURNED,
+          "a higher epoch exists, and this node is not a whole replica of it"),
+    _stay("Y90", P.PRESYNC, G.APPROACHING, "comes near to the giver's data, which still serves"),
+    _stay("Y91", P.PRESYNC, G.GIVER_ASKED, "near enough: asks the giver to hold its clients"),
+)  # fmt: skip
+
+_FINAL_SYNC = (
+    _turn("Z10", P.FINAL_SYNC, G.PROVED, E.restore, P.RESTORING,
+          "both copies are proved equal"),
+    _turn("Z30", P.FINAL_SYNC, G.HANDOVER_OFF, E.abort_receiving, P.PASSIVE,
+          "the handover ends here; the giver takes its authority back"),
+    _turn("Z40", P.FINAL_SYNC, G.CONFLICT, E.isolate, P.DIVERGED,
+          "the peer has another epoch of the same number: two histories"),
+    _turn("Z42", P.FINAL_SYNC, G.HIGHER, E.follow, P.RETURNED,
+          "a higher epoch exists, and this node is not a whole replica of it"),
+    _stay("Z90", P.FINAL_SYNC, G.PROVING, "last pass and proof; clients are held"),
+)  # fmt: skip
+
+_RESTORING = (
+    _turn("X10", P.RESTORING, G.EXCLUSIVE, E.commit_handover, None,
+          "the giver is bound and nothing is received: the new epoch is ordered, no way back"),
+    _turn("X20", P.RESTORING, G.EVIDENCE, E.serve, P.ACTIVE,
+          "the new epoch is on the disk: takes the address and serves"),
+    _turn("X30", P.RESTORING, G.HANDOVER_OFF, E.abort_receiving, P.PASSIVE,
+          "the handover ends here; the giver takes its authority back"),
+    _turn("X32", P.RESTORING, G.PERSIST_FAILED, E.abort_receiving, P.PASSIVE,
+          "the new epoch cannot be written: its end is written instead, before it is shown"),
+    _turn("X40", P.RESTORING, G.CONFLICT, E.isolate, P.DIVERGED,
+          "the peer has another epoch of the same number: two histories"),
+    _turn("X42", P.RESTORING, G.HIGHER, E.follow, P.RETURNED,
+          "a higher epoch exists, and this node is not a whole replica of it"),
+    _turn("X60", P.RESTORING, G.TURN_GAP, E.isolate, P.ISOLATED,
+          "this node stood still after its new epoch reached the disk"),
+    _turn("X62", P.RESTORING, G.NO_EVIDENCE, E.isolate, P.ISOLATED,
+          "the new epoch is on the disk, but the giver's grant ran out"),
+    _stay("X90", P.RESTORING, G.RECEIVERS_END, "waits until no process receives any more"),
+    _stay("X91", P.RESTORING, G.GIVER_UNBOUND, "waits for a young grant of the giver"),
+    _stay("X92", P.RESTORING, G.PERSISTING, "the new epoch is on its way to the disk"),
+    _stay("X93", P.RESTORING, G.RECORDING, "the new epoch is on the disk; waits for its evidence"),
+)  # fmt: skip
+
 _RESTS = (P.WAITING, P.PASSIVE, P.RETURNED, P.ISOLATED, P.FAULT)
 _SERVING = (P.ACTIVE, P.MAINTENANCE)
-_NOT_SERVING = tuple(phase for phase in ALL if phase is not P.ACTIVE)
+_NOT_SERVING = tuple(phase for phase in ALL if phase not in (P.ACTIVE, P.FREEZING))
+_RECEIVING = (P.PRESYNC, P.FINAL_SYNC, P.RESTORING)
+_GIVING = (P.FREEZING, P.PREPARED)
 
 _COMMANDS = (
-    _accept("C10", (*_RESTS, P.TAKEOVER, P.MAINTENANCE), C.ACTIVATE, E.activate, P.TAKEOVER,
-            "the operator says that this node shall serve"),
-    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already", (P.ACTIVE, P.MAINTENANCE)),
+    _accept("C10", (*_RESTS, P.TAKEOVER, P.MAINTENANCE, P.PREPARED), C.ACTIVATE, E.activate,
+            P.TAKEOVER, "the operator says that this node shall serve"),
+    _refuse("C11", C.ACTIVATE, G.SERVES, "this node serves already", (*_SERVING, P.FREEZING)),
     _refuse("C12", C.ACTIVATE, G.REPEATED, "this node is taking over already", (P.TAKEOVER,)),
     _refuse("C13", C.ACTIVATE, G.DIVERGED,
             "there are two histories: choose one with `nfsha resolve --keep`", (P.DIVERGED,)),
@@ -315,6 +427,9 @@ _COMMANDS = (
             "here (see `nfsha volumes`). If that one is gone for good, repeat with --force"),
     _refuse("C17", C.ACTIVATE, G.SETTLING, "the daemon is still starting: repeat in a moment",
             (P.STARTING,)),
+    _refuse("C19", C.ACTIVATE, G.HANDOVER,
+            "a handover to this node is under way: watch it, or end it with `nfsha abort`",
+            _RECEIVING),
     _accept("C20", (*_RESTS, P.ACTIVE), C.MAINTENANCE_ON, E.enter_maintenance, P.MAINTENANCE,
             "the operator wants no decision of this node's own"),
     _refuse("C21", C.MAINTENANCE_ON, G.REPEATED, "in maintenance already", (P.MAINTENANCE,)),
@@ -325,6 +440,9 @@ _COMMANDS = (
     _refuse("C24", C.MAINTENANCE_ON, G.NO_PEER_PROMISE,
             "this node serves, and the peer has not promised to stay passive: run "
             "`nfsha maintenance on` on the peer first", (P.ACTIVE,)),
+    _refuse("C25", C.MAINTENANCE_ON, G.HANDOVER,
+            "a handover is under way: watch it, or end it with `nfsha abort`",
+            (*_RECEIVING, *_GIVING)),
     _accept("C30", (P.MAINTENANCE,), C.MAINTENANCE_OFF, E.leave_maintenance, P.WAITING,
             "the operator ends the maintenance"),
     _accept("C32", (P.MAINTENANCE,), C.MAINTENANCE_OFF, E.leave_maintenance, P.ACTIVE,
@@ -340,26 +458,51 @@ _COMMANDS = (
             "run this on the node whose history is to be kept", (P.DIVERGED,)),
     _refuse("C52", C.RESOLVE, G.NOT_DIVERGED, "there is nothing to resolve: one history only"),
     _accept("C60", _NOT_SERVING, C.STOP, E.begin_stop, None, "a final stop was asked for"),
-    _accept("C62", _SERVING, C.STOP, E.stop_serving, P.WAITING,
+    _accept("C62", (*_SERVING, P.FREEZING), C.STOP, E.stop_serving, P.WAITING,
             "a final stop was asked for: this node releases, and the peer may take over",
             G.SERVES),
     _accept("C70", _NOT_SERVING, C.RESTART, E.begin_restart, None,
             "a planned restart was asked for"),
     _accept("C72", _SERVING, C.RESTART, E.restart_serving, None,
             "a planned restart was asked for: the absence is announced", G.SERVES),
+    _accept("C74", (P.FREEZING,), C.RESTART, E.restart_frozen, P.ISOLATED,
+            "a planned restart was asked for in a freeze: the freeze ends first", G.SERVES),
+    _refuse("C77", C.ABORT, G.TOO_LATE,
+            "the new epoch is ordered into the journal: there is no way back (move the service "
+            "home again when it is done)", (P.RESTORING,)),
+    _refuse("C78", C.ABORT, G.NOT_POSSIBLE, "no handover is under way"),
     _refuse("C80", C.STOP, G.REPEATED, "the daemon is stopping already"),
     _refuse("C81", C.RESTART, G.REPEATED, "the daemon is stopping already"),
+    _accept("C82", (P.PASSIVE, P.RETURNED), C.HANDOVER, E.begin_receiving, P.PRESYNC,
+            "the operator moves the service to this node"),
+    _accept("C83", (P.ACTIVE,), C.HANDOVER, E.ask_peer, None,
+            "the operator moves the service to the other node, which is asked to begin", G.SERVES),
+    _refuse("C84", C.HANDOVER, G.HANDOVER,
+            "a handover is under way: watch it, or end it with `nfsha abort`",
+            (P.ACTIVE, *_RECEIVING, *_GIVING)),
+    _refuse("C85", C.HANDOVER, G.THERE_ALREADY, "that node serves already",
+            (P.ACTIVE, P.PASSIVE, P.RETURNED)),
+    _refuse("C86", C.HANDOVER, G.NOT_POSSIBLE,
+            "a handover needs one node that serves and one that waits, both sound and heard, "
+            "without a promise that is not ended yet (see `nfsha status`)"),
+    _accept("C87", _RECEIVING, C.ABORT, E.abort_here, None, "the operator ends the handover"),
+    _accept("C88", (P.ACTIVE, *_GIVING), C.ABORT, E.abort_giving, None,
+            "the operator ends the handover: the receiver is told", G.GIVES),
     *(
         _refuse(f"C9{digit}", command, G.STOPPING, "the daemon is stopping")
         for digit, command in enumerate(
-            (C.ACTIVATE, C.MAINTENANCE_ON, C.MAINTENANCE_OFF, C.CONFIRM_PEER_DOWN, C.RESOLVE)
+            (
+                C.ACTIVATE, C.MAINTENANCE_ON, C.MAINTENANCE_OFF, C.CONFIRM_PEER_DOWN, C.RESOLVE,
+                C.HANDOVER, C.ABORT,
+            )
         )
     ),
 )  # fmt: skip
 
 ROWS: tuple[Row, ...] = (
     *_STARTING, *_WAITING, *_PASSIVE, *_TAKEOVER, *_ACTIVE, *_RETURNED, *_ISOLATED,
-    *_DIVERGED, *_MAINTENANCE, *_FAULT, *_COMMANDS,
+    *_DIVERGED, *_MAINTENANCE, *_FAULT, *_PRESYNC, *_FINAL_SYNC, *_RESTORING, *_FREEZING,
+    *_PREPARED, *_COMMANDS,
 )  # fmt: skip
 """The table."""
 

@@ -30,7 +30,10 @@ from typing import Any
 
 from nfsha.core.model import Epoch, Journal, Role
 
-VERSION = 1
+VERSION = 2
+_WITHOUT_HANDOVER = 1
+_HANDOVER_KEYS = ("prepared", "aborted")
+"""The older version has not got these: it was written by an nfsha that knew no handover."""
 MAX_BYTES = (
     1 << 20
 )  # a real journal has about 2 KiB; anything larger was not written by this module
@@ -90,9 +93,9 @@ def decode_document(data: bytes) -> Document:
     """
     envelope = _parse(data)
     version = envelope.get("nfsha_journal")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (_WITHOUT_HANDOVER, VERSION):
         raise JournalCorruptError(
-            f"unknown version {version!r}, this nfsha reads version {VERSION}"
+            f"unknown version {version!r}, this nfsha reads {_WITHOUT_HANDOVER} and {VERSION}"
         )
     if set(envelope) != _ENVELOPE_KEYS:
         raise JournalCorruptError(
@@ -104,9 +107,12 @@ def decode_document(data: bytes) -> Document:
     if envelope["sha256"] != _checksum(payload):
         raise JournalCorruptError("the checksum does not match the payload")
     if (
-        _canonical(_envelope(payload)) != data
+        _canonical(_envelope(payload, version)) != data
     ):  # a doubled key, or an edit that JSON's reader forgives
         raise JournalCorruptError("the bytes are not the ones that nfsha wrote")
+    if version == _WITHOUT_HANDOVER:
+        _forbid_keys(payload, _HANDOVER_KEYS)
+        payload |= dict.fromkeys(_HANDOVER_KEYS)
     return payload
 
 
@@ -122,27 +128,37 @@ def decode_journal(document: Document) -> Journal:
     with a sound checksum and such a content was not written by this version of nfsha.
     """
     _require_keys(document, {field.name for field in fields(Journal)}, "the journal")
-    epoch = document["epoch"]
     return Journal(
-        epoch=None if epoch is None else _decode_epoch(epoch),
+        epoch=_decode_epoch(document, "epoch"),
         active=_flag(document, "active"),
         boot_id=_text(document, "boot_id", r"[0-9A-Za-z-]{0,64}"),
         promise=_flag(document, "promise"),
         peer_promise=_flag(document, "peer_promise"),
         maintenance=_flag(document, "maintenance"),
         peer_agent_only=_flag(document, "peer_agent_only"),
+        prepared=_decode_epoch(document, "prepared"),
+        aborted=_decode_epoch(document, "aborted"),
     )
 
 
-def _decode_epoch(value: object) -> Epoch:
+def _decode_epoch(document: Document, key: str) -> Epoch | None:
+    value = document[key]
+    if value is None:
+        return None
     if not isinstance(value, dict):
-        raise JournalCorruptError("the epoch is not an object")
-    _require_keys(value, {field.name for field in fields(Epoch)}, "the epoch")
+        raise JournalCorruptError(f"{key} is not an object")
+    _require_keys(value, {field.name for field in fields(Epoch)}, key)
     number = value["number"]
     if type(number) is not int or not 1 <= number <= MAX_EPOCH:
-        raise JournalCorruptError(f"the epoch's number is {number!r}, expected 1 to {MAX_EPOCH}")
+        raise JournalCorruptError(f"{key} has the number {number!r}, expected 1 to {MAX_EPOCH}")
     authority = _text(value, "authority", "|".join(Role))
     return Epoch(number=number, id=_text(value, "id", r"[0-9a-f]{16}"), authority=Role(authority))
+
+
+def _forbid_keys(payload: Document, keys: tuple[str, ...]) -> None:
+    found = [key for key in keys if key in payload]
+    if found:
+        raise JournalCorruptError(f"this version has no {', '.join(found)}")
 
 
 def _require_keys(value: Document, expected: set[str], what: str) -> None:
@@ -313,8 +329,8 @@ def _parse(data: bytes) -> Document:
     return envelope
 
 
-def _envelope(payload: Document) -> Document:
-    return {"nfsha_journal": VERSION, "sha256": _checksum(payload), "payload": payload}
+def _envelope(payload: Document, version: int = VERSION) -> Document:
+    return {"nfsha_journal": version, "sha256": _checksum(payload), "payload": payload}
 
 
 def _canonical(value: Document) -> bytes:

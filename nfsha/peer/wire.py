@@ -30,7 +30,7 @@ from typing import TypeVar
 from nfsha.core.model import MAX_PENDING, Datagram, Echo, Epoch, Phase, PromiseState, Role
 from nfsha.peer.keys import HINT_BYTES, KeyRing
 
-VERSION = 2
+VERSION = 3
 """Version of the payload. A change of the layout or of a code below takes the next number."""
 
 MAX_BYTES = 1400
@@ -58,9 +58,10 @@ _ENVELOPE = struct.Struct(f"!4sBB{HINT_BYTES}s")
 _SEAL_BYTES = 32
 _HASH = "sha256"
 
-# flags, phase, promise, pending; session, seq; echo; epoch's number, id, authority; highest epoch
-# number known; five timings
-_BODY = struct.Struct("!HBBB QQ QQ Q8sB Q 5I")
+# flags, phase, promise, pending; session, seq; echo; number, id, authority of the epoch, of the
+# handover, of what was aborted and of what is refused; what is asked; highest epoch number known;
+# five timings
+_BODY = struct.Struct("!HBBB QQ QQ Q8sB Q8sB Q8sB Q8sB QQ 5I")
 _ECHO = struct.Struct("!QQ")
 
 # session, peer_session, counter; have, digest; pages, number
@@ -105,7 +106,11 @@ _HEALTHY = 1 << 6
 _WHOLE = 1 << 7
 _SERVICE_LEASE = 1 << 8
 _AGENT_ONLY = 1 << 9
-_KNOWN_FLAGS = (1 << 10) - 1
+_HAS_HANDOVER = 1 << 10
+_READY = 1 << 11
+_HAS_ABORTED = 1 << 12
+_HAS_REFUSES = 1 << 13
+_KNOWN_FLAGS = (1 << 14) - 1
 
 _NO_ECHO = (0, 0)
 _NO_EPOCH = (0, bytes(8), 0)
@@ -311,7 +316,6 @@ def encode(datagram: Datagram) -> bytes:
     Raises ValueError for what has no encoding: a negative or too large number, a wrong epoch id.
     """
     echo = datagram.echo
-    epoch = datagram.epoch
     if len(datagram.pending) > MAX_PENDING:
         raise ValueError(f"{len(datagram.pending)} pending sessions, allowed are {MAX_PENDING}")
     try:
@@ -323,7 +327,11 @@ def encode(datagram: Datagram) -> bytes:
             datagram.session,
             datagram.seq,
             *(_NO_ECHO if echo is None else (echo.session, echo.seq)),
-            *(_NO_EPOCH if epoch is None else _epoch_fields(epoch)),
+            *_epoch_fields(datagram.epoch),
+            *_epoch_fields(datagram.handover),
+            *_epoch_fields(datagram.aborted),
+            *_epoch_fields(datagram.refuses),
+            datagram.asks,
             datagram.known_number,
             datagram.interval_ms,
             datagram.hold_ms,
@@ -349,12 +357,9 @@ def decode(role: Role, payload: bytes) -> Datagram:
         seq,
         echo_session,
         echo_seq,
-        epoch_number,
-        epoch_id,
-        authority_code,
-        known_number,
-        *timings_ms,
+        *rest,
     ) = _BODY.unpack_from(payload)
+    epochs, (asks, known_number), timings_ms = rest[:12], rest[12:14], rest[14:]
     if flags & ~_KNOWN_FLAGS:
         raise Malformed(f"unknown flags {flags:#06x}")
     if session == 0:
@@ -370,7 +375,7 @@ def decode(role: Role, payload: bytes) -> Datagram:
         pending=_decode_pending(payload, pending_count),
         phase=_pick(_PHASES, phase_code, "phase"),
         serving=bool(flags & _SERVING),
-        epoch=_decode_epoch(bool(flags & _HAS_EPOCH), epoch_number, epoch_id, authority_code),
+        epoch=_decode_epoch(bool(flags & _HAS_EPOCH), *epochs[0:3]),
         blank=bool(flags & _BLANK),
         promise=_pick(_PROMISES, promise_code, "promise"),
         peer_promise_held=bool(flags & _PEER_PROMISE_HELD),
@@ -384,6 +389,11 @@ def decode(role: Role, payload: bytes) -> Datagram:
         address_lease_ms=address_lease_ms,
         absence_ms=absence_ms,
         known_number=known_number,
+        handover=_decode_epoch(bool(flags & _HAS_HANDOVER), *epochs[3:6]),
+        ready=bool(flags & _READY),
+        aborted=_decode_epoch(bool(flags & _HAS_ABORTED), *epochs[6:9]),
+        refuses=_decode_epoch(bool(flags & _HAS_REFUSES), *epochs[9:12]),
+        asks=asks,
     )
 
 
@@ -399,10 +409,16 @@ def _flags(datagram: Datagram) -> int:
         | _WHOLE * datagram.whole
         | _SERVICE_LEASE * datagram.service_lease
         | _AGENT_ONLY * datagram.agent_only
+        | _HAS_HANDOVER * (datagram.handover is not None)
+        | _READY * datagram.ready
+        | _HAS_ABORTED * (datagram.aborted is not None)
+        | _HAS_REFUSES * (datagram.refuses is not None)
     )
 
 
-def _epoch_fields(epoch: Epoch) -> tuple[int, bytes, int]:
+def _epoch_fields(epoch: Epoch | None) -> tuple[int, bytes, int]:
+    if epoch is None:
+        return _NO_EPOCH
     try:
         epoch_id = bytes.fromhex(epoch.id)
     except ValueError:

@@ -154,6 +154,11 @@ class Checks:
             other = durable is not None and durable.number == epoch.number and durable != epoch
             if lower or other:
                 self.fail("I6", f"{node.role} shows epoch {epoch}, its disk says {durable}")
+        if datagram.aborted is not None and journal.aborted != datagram.aborted:
+            self.fail("I6", f"{node.role} shows an aborted handover that its disk does not know")
+        prepared = datagram.phase is Phase.PREPARED and datagram.ready
+        if prepared and journal.prepared != datagram.handover:
+            self.fail("I6", f"{node.role} shows PREPARED, its disk says {journal.prepared}")
         if datagram.promise is PromiseState.STANDING and not journal.promise:
             self.fail("I6", f"{node.role} shows a promise that its disk does not know")
         if not datagram.peer_promise_held and journal.peer_promise:
@@ -164,6 +169,11 @@ class Checks:
         journal = node.disk.journal
         if journal is None or journal.epoch is None or journal.epoch.authority is not node.role:
             self.fail("I6", f"{node.role} does {action}, its disk says {journal}")
+        given = journal.prepared
+        if given is not None and given.number > journal.epoch.number:
+            self.fail("I7", f"{node.role} does {action}, and gave its authority away to {given}")
+        if node.volumes.frozen and isinstance(action, model.OpenService):
+            self.fail("freeze", f"{node.role} serves frozen volumes")
 
     # ------------------------------------------------------------- I3, I4, takeover condition 2
 
@@ -188,6 +198,19 @@ class Checks:
         own = epoch is not None and epoch.authority is node.role
         if not own and (volumes.tainted or volumes.stamp != epoch):
             self.fail("whole", f"{node.role} takes over with {volumes.stamp}, journal {epoch}")
+
+    def hands_over_all(self, node: Node) -> None:
+        """I7: who commits a handover has every write that the giver acknowledged."""
+        giver = self._world.nodes[node.role.other]
+        if giver.accepts():
+            self.fail("I1", f"{node.role} commits while {giver.role} accepts clients")
+        if not self._world.config.replication:
+            return
+        missing = sorted(giver.volumes.holds - node.volumes.holds)
+        if missing:
+            self.fail("I7", f"{node.role} commits without the acknowledged writes {missing[:5]}")
+        if node.volumes.receiving is not None or node.volumes.tainted:
+            self.fail("I3", f"{node.role} commits while it receives, or tainted")
 
     # ------------------------------------------------------------- I10
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nfsha.core.model import CommandKind, Exclusivity, Phase, Role
 from tests.sim.network import LINKS
 from tests.sim.node import DriverPause, Node
-from tests.sim.world import SECOND_US, World
+from tests.sim.world import HANDOVER_ROWS, SECOND_US, World
 
 Begin = Callable[["Faults"], bool]
 
@@ -55,6 +55,14 @@ class Faults:
                 at_us += span_us + self.random.randrange(span_us)
             else:
                 at_us += self.random.randrange(span_us)
+
+    def handovers(self, from_us: int, until_us: int) -> None:
+        """Moves the service again and again over a stretch of time, beside all other faults."""
+        kind = next(kind for kind in KINDS if kind.name == "handover")
+        at_us = from_us + self.random.randrange(3 * SECOND_US)
+        while at_us < until_us:
+            self.world.at_us(at_us, self.strike, kind)
+            at_us += self.random.randrange(3 * SECOND_US, 12 * SECOND_US)
 
     def _possible(self, kind: Kind) -> bool:
         config = self.world.config
@@ -635,6 +643,24 @@ def _confirm(node: Node, other: Node) -> None:
         node.command(CommandKind.CONFIRM_PEER_DOWN)
 
 
+def _handover(faults: Faults) -> bool:
+    """The service is moved, asked for on either node; sometimes the operator thinks again."""
+    world = faults.world
+    serving = [node for node in world.nodes.values() if node.accepts()]
+    if not serving:
+        return False
+    to = serving[0].role.other
+    node = faults.random.choice(list(world.nodes.values()))
+    node.command(CommandKind.HANDOVER, to=to)
+    if faults.random.random() < 0.2:
+        faults.after(0.01, 4.0, _abort, faults.random.choice(list(world.nodes.values())))
+    return True
+
+
+def _abort(node: Node) -> None:
+    node.command(CommandKind.ABORT)
+
+
 KINDS = (
     Kind("crash", 8, _crash),
     Kind("crash-boundary", 8, _crash_boundary, counted=False),
@@ -673,6 +699,7 @@ KINDS = (
     Kind("activate", 4, _activate),
     Kind("maintenance", 5, _maintenance),
     Kind("confirm-down", 4, _confirm_down),
+    Kind("handover", 30, _handover),
 )
 """All kinds; a run of at least 200 seeds in which one never struck fails."""
 
@@ -686,5 +713,10 @@ MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "resync",
     "receiver-killed",
     "receiver-stuck",
+    "presync-failed",
+    "proof-failed",
+    "freeze-failed",
+    "thaw-failed",
+    *HANDOVER_ROWS.values(),
 }
 """Every fault that such a run must have seen."""

@@ -163,6 +163,7 @@ class Node:
         self.world.note(f"{self.role} loses power ({why})")
         self.disk.drop_power()
         self.kernel.lose_power()
+        self.volumes.frozen = False
         self.powered = self.frozen = False
         self._end_daemon()
         self.locks_changed()
@@ -270,10 +271,18 @@ class Node:
             self.continued_us = self.world.now_us
             self._wake_up()
 
-    def command(self, kind: CommandKind, *, force: bool = False, keep: Role | None = None) -> None:
+    def command(
+        self,
+        kind: CommandKind,
+        *,
+        force: bool = False,
+        keep: Role | None = None,
+        to: Role | None = None,
+    ) -> None:
         """An operator, or systemd, asks."""
-        self.world.note(f"{self.role} is asked: {kind}{' --force' if force else ''}")
-        self.take(Command(kind, self.world.next_command(), force, keep))
+        words = f"{kind}{' --force' if force else ''}{f' to {to}' if to else ''}"
+        self.world.note(f"{self.role} is asked: {words}")
+        self.take(Command(kind, self.world.next_command(), force, keep, to))
 
     def _end_daemon(self) -> None:
         self.life += 1
@@ -363,7 +372,7 @@ class Node:
         for numbered in decision.actions:
             if self.crash_in_actions is not None and self._boundary_crash():
                 return
-            if isinstance(numbered.action, KERNEL_ACTIONS):
+            if isinstance(numbered.action, (*KERNEL_ACTIONS, model.Freeze)):
                 self._calls.append(numbered)
             else:
                 self._do(numbered)
@@ -410,6 +419,8 @@ class Node:
                 world.fence.off(self, numbered.number)
             case model.StopReceivers():
                 self.volumes.stop_receivers(numbered.number)
+            case model.Thaw():
+                self.volumes.thaw(numbered.number)
             case model.Announce():
                 other = world.nodes[self.role.other]
                 if (0, self.role) not in world.network.cut:
@@ -455,6 +466,12 @@ class Node:
         numbered = self._calls.popleft()
         if isinstance(numbered.action, model.Exit):
             self._exit()
+            return
+        if isinstance(numbered.action, model.Freeze):
+            # After the call that closed the service: else a write could come after the freeze.
+            self.volumes.freeze(numbered.number)
+            self._calling = False
+            self._next_call_soon()
             return
         self._call = self._driver(numbered.action)
         self._call_number = numbered.number

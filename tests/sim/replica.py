@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nfsha.core.model import Completed, Epoch, ReceiversStopped, ReplicaChanged
-from nfsha.core.replication import Fetch, Offer, flow
+from nfsha.core.model import (
+    Completed,
+    Epoch,
+    FinalChanged,
+    Frozen,
+    PresyncChanged,
+    ReceiversStopped,
+    ReplicaChanged,
+    Thawed,
+)
+from nfsha.core.replication import Approach, Fetch, Finish, Offer, flow
 
 if TYPE_CHECKING:
     from tests.sim.node import Node
@@ -32,13 +41,25 @@ class Volumes:
         self.quarantined: set[int] = set()
         self.stamp: Epoch | None = None
         self.tainted = False
+        self.frozen = False
+        """Read-only, until a thaw, a new daemon or a boot."""
+        self.finish_takes_us: int | None = None
+        """A scenario's word on how long the last pass takes; None: chance decides."""
+        self.freeze_takes_us: int | None = None
         self.receiving: Epoch | None = None
         """The epoch whose data a process of this node writes into the volumes now."""
         self._pass = 0
+        self._passes = 0
+        """How many were complete."""
+        self._passes_at_begin = 0
+        self._freezing = 0
+        """The number of the freeze that is under way."""
         self._snapshot: set[int] = set()
         self._resync = False
         self._source_life = 0
         self._looked = False
+        self._approached: Epoch | None = None
+        self._finishing: Epoch | None = None
         self._told: ReplicaChanged | None = None
         self._next_us = 0
         self.kill_takes_us: int | None = None
@@ -51,6 +72,9 @@ class Volumes:
         """A new daemon looks at the volumes a moment later."""
         self._looked = False
         self._told = None
+        self.frozen = False
+        self._approached: Epoch | None = None
+        self._finishing: Epoch | None = None
         look_us = self.look_takes_us or self._world.random.randrange(1_000, 400_000)
         self._world.at(look_us, self._look, self._node.life)
 
@@ -89,11 +113,91 @@ class Volumes:
         way = flow(engine.state, self._node.local_ms())
         if isinstance(way, Offer):
             self.stamp, self.tainted = way.epoch, False
-        if not isinstance(way, Fetch) or way.epoch != self.receiving:
+        flows = isinstance(way, Fetch | Approach | Finish)
+        if not flows or way.epoch != self.receiving:
             self._kill_soon()
+        if isinstance(way, Fetch) and way.proved and self._looked and self.stamp != way.epoch:
+            self.stamp, self.tainted = way.epoch, False
         if isinstance(way, Fetch) and way.start and self._looked:
             self._begin(way.epoch)
+        if isinstance(way, Approach) and self._looked and way.more:
+            self._begin(way.epoch)
+            self._approach(way)
+        if isinstance(way, Finish) and self._finishing != way.handover:
+            self._finishing = way.handover
+            self._kill_soon()
+            finish_us = self.finish_takes_us or self._world.random.randrange(20_000, 1_500_000)
+            self._world.at(finish_us, self._finish, self._node.life, way)
         self.tell()
+
+    # ------------------------------------------------------------- a handover
+
+    def _approach(self, way: Approach) -> None:
+        """Near enough once a pass that began after the handover did is complete."""
+        if self._approached is None or self._approached != way.handover:
+            self._approached = way.handover
+            self._next_us = 0
+            self._passes_at_begin = self._passes
+            if self._world.random.random() < 0.05:
+                self._world.fired("presync-failed")
+                self._node.take(PresyncChanged(way.handover, ready=False, failed="by chance"))
+        if self._passes > self._passes_at_begin and self.receiving is None:
+            self._node.take(PresyncChanged(way.handover, ready=True))
+
+    def _finish(self, life: int, way: Finish) -> None:
+        """The last pass, and the proof."""
+        node, world = self._node, self._world
+        engine = node.engine
+        if life != node.life or engine is None:
+            return
+        if not node.runs():
+            world.at(50_000, self._finish, life, way)
+            return
+        if flow(engine.state, node.local_ms()) != way:
+            return
+        source = world.nodes[node.role.other]
+        failed = "" if self._reaches(source, way.epoch) else "the source is not reached"
+        if not failed and world.random.random() < 0.05:
+            world.fired("proof-failed")
+            failed = "a difference was found"
+        if not failed:
+            self._resync = self.tainted
+            gone = sorted(self.holds - source.volumes.holds)
+            self._write(gone, sorted(source.volumes.holds - self.holds))
+            self.receiving = None
+        node.take(FinalChanged(way.handover, proved=not failed, failed=failed))
+
+    def freeze(self, number: int) -> None:
+        """The action: waits for rest, and makes the volumes read-only."""
+        random = self._world.random
+        takes_us = self.freeze_takes_us or random.choice((5_000, 30_000, 200_000, 900_000))
+        self._freezing = number
+        self._world.at(takes_us, self._froze, self._node.life, number)
+
+    def _froze(self, life: int, number: int) -> None:
+        if life != self._node.life or number != self._freezing:
+            return
+        if not self._node.runs():
+            self._world.at(50_000, self._froze, life, number)
+            return
+        failed = self._world.random.random() < 0.04
+        if failed:
+            self._world.fired("freeze-failed")
+        self.frozen = True
+        self._node.take(Completed(number, Frozen(not failed, "busy" if failed else "")))
+
+    def thaw(self, number: int) -> None:
+        """The action: the volumes take writes again."""
+        self._freezing = 0
+        self._world.at(self._world.random.randrange(500, 30_000), self._thawed, number)
+
+    def _thawed(self, number: int) -> None:
+        failed = self._world.random.random() < 0.04
+        if failed:
+            self._world.fired("thaw-failed")
+        else:
+            self.frozen = False
+        self._node.take(Completed(number, Thawed(not failed, "busy" if failed else "")))
 
     def stop_receivers(self, number: int) -> None:
         """The action: kills, waits, and says that all are gone."""
@@ -187,6 +291,7 @@ class Volumes:
         self._write(sorted(self.holds - self._snapshot), sorted(self._snapshot - self.holds))
         self.stamp, self.tainted = epoch, False
         self.receiving = None
+        self._passes += 1
         self._next_us = self._world.now_us + PAUSE_US
         self._world.fired("resync" if self._resync else "sync")
         self.tell()

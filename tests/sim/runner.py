@@ -25,6 +25,8 @@ END_US = 62 * SECOND_US
 CALM_US = 5 * SECOND_US
 """So long before the end nothing may change any more."""
 LEAST_FAULTS = 3
+HANDOVERS = 0.8
+"""The share of seeds in which the service is moved whenever that may be."""
 
 MAY_WAIT_ROWS = frozenset({"I90", "W91", "W97", "R91", "R92", "R93"})
 """Where both may wait for the operator when a journal was lost, or an operator erred before: one
@@ -94,6 +96,8 @@ def _live(world: World, faults: Faults, outcome: Outcome) -> None:
     world.boot_both()
     number = world.random.randrange(LEAST_FAULTS + 1, 13)
     faults.plan(FAULTS_FROM_US, FAULTS_UNTIL_US, number)
+    if world.random.random() < HANDOVERS:
+        faults.handovers(FAULTS_FROM_US, FAULTS_UNTIL_US)
     world.run_until(FAULTS_UNTIL_US + SECOND_US)
     faults.top_up(LEAST_FAULTS)
     world.run_until(HEAL_US)

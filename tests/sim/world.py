@@ -25,6 +25,17 @@ WRITES_KEPT = 10_000
 RECEIVERS_GONE_MS = 50
 """How long it may take until a killed receiver is proved gone."""
 
+HANDOVER_ROWS = {
+    "A30": "handover-freeze",
+    "X20": "handover-done",
+    "G30": "handover-unfrozen",
+    "Q20": "handover-taken-back",
+    "Q30": "handover-takeover",
+    "Z30": "handover-aborted",
+    "X32": "handover-uncommitted",
+}
+"""Rows that say how far a handover came."""
+
 DEFAULT = Timings()
 FAST = Timings(interval_ms=50, hold_ms=300, takeover_after_ms=450, margin_ms=50)
 
@@ -155,6 +166,10 @@ class World:
             self.tally.takeovers += 1
         if fired.row == "T10":
             self.checks.takes_over_whole(node)
+        if fired.row == "X10":
+            self.checks.hands_over_all(node)
+        if fired.row in HANDOVER_ROWS:
+            self.fired(HANDOVER_ROWS[fired.row])
         arrow = f"{fired.phase} -> {fired.to}" if fired.to is not fired.phase else fired.phase
         self.note(f"{node.role} {fired.row} {arrow}: {fired.why} [{fired.detail}]")
 

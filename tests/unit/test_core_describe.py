@@ -68,10 +68,10 @@ def test_a_refusing_row_says_so_and_phases_are_short() -> None:
     assert "event   command maintenance-off" in told
     assert "to      refused" in explain("C15")
     assert "phase   any\n" in explain("C15")
-    assert "phase   any but ACTIVE\n" in explain("C60")
+    assert "phase   any but ACTIVE, FREEZING\n" in explain("C60")
 
 
-@pytest.mark.parametrize(("unknown", "near"), [("P11", "P10"), ("w99", "W98"), ("C100", "C10")])
+@pytest.mark.parametrize(("unknown", "near"), [("P11", "P10"), ("w99", "W98"), ("C300", "C30")])
 def test_an_unknown_row_names_the_nearest(unknown: str, near: str) -> None:
     with pytest.raises(UnknownRowError, match=f"there is no row '{unknown}'; .*{near}"):
         explain(unknown)

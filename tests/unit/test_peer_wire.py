@@ -51,18 +51,27 @@ datagrams = st.builds(
     address_lease_ms=timings_ms,
     absence_ms=st.integers(0, wire.MAX_TIMING_MS),
     known_number=u64,
+    handover=st.none() | epochs,
+    ready=st.booleans(),
+    aborted=st.none() | epochs,
+    refuses=st.none() | epochs,
+    asks=u64,
 )
 
 
 GOLDEN = (
-    "6e667368" "02" "00" "630dcd29"  # magic, version, role, key hint
-    "01cf" "04" "00" "00"  # flags, phase, promise, pending
+    "6e667368" "03" "00" "630dcd29"  # magic, version, role, key hint
+    "3dcf" "04" "00" "00"  # flags, phase, promise, pending
     "0123456789abcdef" "000000000000004d"  # session, seq
     "fedcba9876543210" "000000000000004e"  # echo
     "0000000000000003" "00112233445566ff" "00"  # epoch
+    "0000000000000005" "1122334455667788" "01"  # handover
+    "0000000000000002" "2233445566778899" "00"  # aborted
+    "0000000000000004" "33445566778899aa" "01"  # refused
+    "000000000000004c"  # what is asked
     "0000000000000004"  # highest epoch number known
     "00000064" "00000258" "000003e8" "000007d0" "00000000"  # timings
-    "3edf175bb5f9967ea3150efebbbb2382062fd9a1d547dc0894d8b085c80232da"  # seal
+    "98658d627f493fd7d589ffc7010ee212938e982d1e946464dd2adab29d08f470"  # seal
 )  # fmt: skip
 
 
@@ -90,6 +99,9 @@ def test_each_field_is_on_the_wire(field: str) -> None:
     changes: dict[str, Any] = {
         "echo": None,
         "epoch": None,
+        "handover": None,
+        "aborted": None,
+        "refuses": None,
         "pending": (Echo(5, 6),),
         "phase": Phase.PASSIVE,
         "promise": PromiseState.STANDING,
@@ -111,7 +123,7 @@ def test_each_member_of_each_enum_has_a_code() -> None:
     assert [wire.decode(Role.PRIMARY, wire.encode(each)) for each in said] == said
 
 
-def test_the_bytes_of_version_2_stay_what_they_are() -> None:
+def test_the_bytes_of_version_3_stay_what_they_are() -> None:
     """Two nodes of different releases meet during an upgrade: this must not change by accident."""
     assert primary.seal(SERVING).hex() == GOLDEN
 
@@ -216,7 +228,7 @@ def test_new_keys_can_be_taken_while_running() -> None:
 def test_another_version_of_the_real_peer_is_told_from_a_forged_one() -> None:
     plain = unsealed()
     plain[4] = wire.VERSION + 1
-    with pytest.raises(OtherVersion, match="version 3, this node speaks 2") as caught:
+    with pytest.raises(OtherVersion, match="version 4, this node speaks 3") as caught:
         standby.open(resealed(bytes(plain)))
     assert caught.value.kind is Refusal.OTHER_VERSION
     with pytest.raises(Forged):
@@ -232,7 +244,7 @@ def test_a_datagram_of_the_same_role_is_told() -> None:
     ("offset", "value", "words"),
     [
         (5, b"\x02", "unknown role 2"),
-        (10, b"\x04", "unknown flags"),
+        (10, b"\x40", "unknown flags"),
         (12, b"\x0f", "unknown phase 15"),
         (13, b"\x03", "unknown promise 3"),
         (14, b"\x05", "5 pending sessions"),
@@ -240,9 +252,9 @@ def test_a_datagram_of_the_same_role_is_told() -> None:
         (15, bytes(8), "session 0"),
         (31, bytes(8), "an echo of session 0"),
         (63, b"\x02", "unknown authority 2"),
-        (72, bytes(4), "a timing of 0 ms"),
-        (84, b"\x7f\0\0\0", "a timing of 2130706432 ms"),
-        (88, b"\x7f\0\0\0", "a timing of 2130706432 ms"),
+        (131, bytes(4), "a timing of 0 ms"),
+        (143, b"\x7f\0\0\0", "a timing of 2130706432 ms"),
+        (147, b"\x7f\0\0\0", "a timing of 2130706432 ms"),
     ],
 )
 def test_sealed_nonsense_is_malformed_with_a_reason(offset: int, value: bytes, words: str) -> None:
