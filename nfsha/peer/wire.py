@@ -15,9 +15,9 @@ The envelope and the seal stay the same in all versions. So the seal is checked 
 version" is the word of the real peer, not of somebody who flipped a bit. A given state has exactly
 one encoding: what is absent is all zeros, and unknown bits are refused.
 
-The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page of facts, 2 for a page
-of client connections. An nfsha that does not know a kind takes such a byte for an unknown role, and
-refuses it.
+The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page of facts, 2 for a
+page of client connections. An nfsha that does not know a kind takes such a byte for an unknown
+role, and refuses it.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class Wire:
 
 
 def page_kind(sealed: bytes) -> PageKind | None:
-    """What kind of page it says it is, if one. Unproved before its seal is checked; any bytes do."""
+    """What kind of page it says it is, if one; unproved before its seal is checked. Never raises."""
     if len(sealed) <= _KIND_OFFSET:
         return None
     return _PAGE_KINDS.get(sealed[_KIND_OFFSET] >> _KIND_SHIFT)
