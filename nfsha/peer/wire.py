@@ -259,7 +259,7 @@ class Wire:
 
 
 def page_kind(sealed: bytes) -> PageKind | None:
-    """What kind of page it says it is, if one; unproved before its seal is checked. Never raises."""
+    """What kind of page it says it is, if one: unproved before its seal is checked."""
     if len(sealed) <= _KIND_OFFSET:
         return None
     return _PAGE_KINDS.get(sealed[_KIND_OFFSET] >> _KIND_SHIFT)
