@@ -16,6 +16,7 @@ from nfsha.core.model import (
     CloseService,
     DropToken,
     Epoch,
+    MountVolumes,
     OpenService,
     RemoveAddress,
     RenewAddress,
@@ -110,6 +111,7 @@ def begin_takeover(state: State, orders: Orders, now_ms: int) -> None:
     state.withhold_since_ms = None
     state.send_soon = True
     state.fence_failed_ms = NEVER_MS
+    state.mount_failures = 0
     if state.config.replication:
         state.receivers_stopped = False
         orders.order(StopReceivers())
@@ -134,6 +136,13 @@ def give_up_takeover(state: State, orders: Orders, now_ms: int) -> None:
         state.token_since_ms = None
         orders.order(DropToken())
     _leave_takeover(state, orders)
+
+
+def mount(state: State, orders: Orders, now_ms: int) -> None:
+    """Runs the mount hook: nothing is served before the volumes are mounted."""
+    state.mounting = True
+    state.volumes_mounted = None
+    orders.order(MountVolumes(state.epoch))
 
 
 def commit(state: State, orders: Orders, now_ms: int) -> None:

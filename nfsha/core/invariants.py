@@ -6,6 +6,7 @@ in the kernel end. The pair's invariants (I1, I2, ..) are checked by the simulat
 
 from __future__ import annotations
 
+from nfsha.core import volumes
 from nfsha.core.model import Phase
 from nfsha.core.state import State
 
@@ -25,6 +26,8 @@ def broken(state: State) -> str:
         return "ISOLATED without an epoch"
     if state.durable.promise and state.serving:
         return "serves although it promised not to take over"
+    if state.serving and not volumes.ready(state):
+        return "serves, but the hooks have not mounted the volumes"
     if epoch is not None and state.want.epoch is None:
         return "the journal would forget its epoch"
     if epoch is not None and state.want.epoch is not None:

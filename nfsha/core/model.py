@@ -313,6 +313,22 @@ class ReceiversStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumesMounted:
+    """The mount hook ended, and the volumes are mounted; or why not (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumesUnmounted:
+    """The unmount hook ended, and the volumes are given up; or why not (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseLost:
     """A lease in the kernel could not be taken or renewed, or came too late."""
 
@@ -371,6 +387,8 @@ Result = (
     | PersistFailed
     | Surveyed
     | ReceiversStopped
+    | VolumesMounted
+    | VolumesUnmounted
     | LeaseLost
     | LeaseHeld
     | AddressChanged
@@ -501,6 +519,23 @@ class StopReceivers:
 
 
 @dataclass(frozen=True, slots=True)
+class MountVolumes:
+    """Runs the mount hook, and looks whether the volumes are mounted: `VolumesMounted`.
+
+    A hook of an older order is ended first.
+    """
+
+    epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnmountVolumes:
+    """Runs the unmount hook, and looks whether they are gone: `VolumesUnmounted`. Ends as well."""
+
+    epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """The daemon may end now; nothing of the core runs after it."""
 
@@ -525,6 +560,8 @@ Action = (
     | PublishRecord
     | Fence
     | StopReceivers
+    | MountVolumes
+    | UnmountVolumes
     | Exit
 )
 
@@ -573,6 +610,13 @@ class CoreConfig:
     service_lease: bool = True
     replication: bool = False
     start_alone_after_ms: int | None = None
+    hook_timeout_ms: int | None = None
+    """How long a mount or unmount hook may run; None: there are none."""
+
+    @property
+    def has_hooks(self) -> bool:
+        """Hooks mount and give up the volumes; a node that does not serve has them unmounted."""
+        return self.hook_timeout_ms is not None
 
     @property
     def agent_only(self) -> bool:

@@ -21,14 +21,20 @@ SLOTS: dict[type, tuple[str, int]] = {
     model.TakeToken: ("token", 5000),
     model.Fence: ("fence", 60_000),
     model.StopReceivers: ("receivers", 10_000),
+    model.MountVolumes: ("volumes", 20_000),
+    model.UnmountVolumes: ("volumes", 20_000),
 }
-"""Slot and longest time in flight, in milliseconds, of each action that has a result."""
+"""Slot and longest time in flight, in milliseconds, of each action that has a result.
+
+A hook's own time limit is added for the volumes: this is for the end of an older one, and its own.
+"""
 
 OVERDUE: dict[str, str] = {
     "persist": "the disk gave no answer within 5 s",
     "address": "the kernel gave no answer about the address within 2 s",
     "service": "the firewall gave no answer within 2 s",
     "receivers": "the receiving processes were not gone within 10 s",
+    "volumes": "the hook did not end within its time",
 }
 
 
@@ -46,7 +52,10 @@ class Orders:
         self._state.next_action = number + 1
         slot = SLOTS.get(type(action))
         if slot is not None:
-            self._state.flights[slot[0]] = Flight(number, self._now_ms + slot[1])
+            name, within_ms = slot
+            if name == "volumes":
+                within_ms += self._state.config.hook_timeout_ms or 0
+            self._state.flights[name] = Flight(number, self._now_ms + within_ms)
         self.actions.append(Numbered(number, action))
         return number
 

@@ -189,6 +189,11 @@ class Checks:
         if not own and (volumes.tainted or volumes.stamp != epoch):
             self.fail("whole", f"{node.role} takes over with {volumes.stamp}, journal {epoch}")
 
+    def serves_volumes(self, node: Node) -> None:
+        """What clients write goes to the volumes, not into the folders that they are mounted on."""
+        if self._world.config.hooks and not node.block.mounted:
+            self.fail("volumes", f"{node.role} accepts clients, and nothing is mounted there")
+
     # ------------------------------------------------------------- I10
 
     def replay(self, node: Node, what: model.Heard) -> None:

@@ -686,5 +686,9 @@ MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "resync",
     "receiver-killed",
     "receiver-stuck",
+    "hook-failed",
+    "hook-killed",
+    "hook-slow",
+    "mount-refused",
 }
 """Every fault that such a run must have seen."""
