@@ -30,8 +30,8 @@ demo: setup ## two storage servers in a box: kill one, watch the other take over
 test: setup ## all tests but the slow ones (root; at most 25 minutes)
 	@$(PYTEST) -m "not slow" $(TESTS)
 
-test-all: setup ## all tests, however long they take (root)
-	@$(PYTHON) -m pytest $(TESTS)
+test-all: setup ## all tests, however long they take, properties on new examples each time (root)
+	@$(PYTHON) -m pytest --hypothesis-profile=explore $(TESTS)
 
 test-versions: setup ## unit tests and a short simulation on each other Python that is here
 	@scripts/test-versions.sh

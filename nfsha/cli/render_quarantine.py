@@ -29,6 +29,8 @@ def entries(answer: Facts) -> str:
 
 
 def _volume(used: Facts, listed: list[Facts]) -> Iterator[str]:
+    if used.get("trouble"):
+        yield paragraph(f"{spelled(used['volume'])}: CANNOT BE READ: {used['trouble']}", indent=2)
     if not listed and not used.get("over"):
         return
     amount = f"{count(used['entries'], 'entry')}, {size(used['bytes'])}"

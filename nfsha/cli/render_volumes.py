@@ -349,11 +349,15 @@ def word(one: Facts) -> str:
 
 def brief(answer: Facts) -> list[str]:
     """What is not as always, and one line for each volume, those in trouble first: for `status`."""
-    listed = [one for one in _listed(answer) if not _is_none(one)]
-    ordered = sorted(listed, key=lambda one: not _in_trouble(one))
-    lines = [*_remarks(answer.get("replication") or {}), *map(brief_line, ordered[:_BRIEF])]
-    if len(ordered) > _BRIEF:
-        lines.append(f"and {count(len(ordered) - _BRIEF, 'volume')} more: see `nfsha volumes`")
+    told = _listed(answer)
+    listed = [one for one in told if not _is_none(one)]
+    ordered = sorted(listed, key=lambda one: not _in_trouble(one))[:_BRIEF]
+    lines = [*_remarks(answer.get("replication") or {}), *map(brief_line, ordered)]
+    # Of many volumes a status has only those that matter most, and how many there are.
+    untold = max(0, answer.get("total", 0) - len(told))
+    more = untold + len(listed) - len(ordered)
+    if more:
+        lines.append(f"and {count(more, 'volume')} more: see `nfsha volumes`")
     return lines
 
 

@@ -17,13 +17,14 @@ from typing import Any, Final
 from nfsha.cli import client, render_quarantine, render_volumes, watch
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.operate import confirm
-from nfsha.cli.words import get, printable, size, spelled
+from nfsha.cli.words import count, get, printable, size, spelled
 from nfsha.replica.beneath import from_shown, shown
 
 DEFAULT: Final = "default"
 UNLIMITED: Final = "unlimited"
 
 _MIN_PLAN_DIGITS: Final = 8
+_MAX_LISTED: Final = 100_000  # entries of a quarantine; ten volumes with as many as one can have
 
 Facts = Mapping[str, Any]
 
@@ -104,6 +105,9 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
 def _begin(path: Path, request: Facts) -> Answer:
     answer = client.ask(path, "sync", request)
     lines = [f"{spelled(one['name'])}: {_begun(one)}" for one in answer["volumes"]]
+    more = answer.get("total", 0) - len(lines)
+    if more > 0:
+        lines.append(f"and {count(more, 'volume')} more")
     return Answer("\n".join([*map(printable, lines), *_said(answer)]), answer)
 
 
@@ -120,18 +124,19 @@ def _said(answer: Facts) -> list[str]:
 
 def _wait(args: argparse.Namespace, path: Path, request: Facts) -> Answer:
     """Shows the passes until they have ended. ^C ends the watching only: the passes go on."""
-    last: Facts = {}
+    volumes: dict[object, Facts] = {}
     told: dict[str, str] = {}
     for answer in client.sync_and_wait(path, request):
-        last = {**last, **answer}
+        news = answer.get("volumes") or []
+        volumes |= {one.get("uuid") or one["name"]: one for one in news}
         if answer.get("done"):
-            return _waited(last)
+            return _waited({**answer, "volumes": list(volumes.values())})
         if args.json:
             print(json.dumps(answer), flush=True)
         elif sys.stdout.isatty():
-            watch.show_again(None, render_volumes.passes(answer["volumes"], watch.style()))
+            watch.show_again(None, render_volumes.passes([*volumes.values()], watch.style()))
         else:
-            for line in _news(answer["volumes"], told):
+            for line in _news(news, told):
                 print(line, flush=True)
     raise CommandError(
         Exit.UNREACHABLE, "the daemon has ended, so how the passes end is not known here"
@@ -181,8 +186,29 @@ def pair(args: argparse.Namespace) -> Answer:
 
 def quarantine_list(args: argparse.Namespace) -> Answer:
     """Lists what was put aside on this node."""
-    answer = _quarantine(args, "list")
+    answer = _listing(args)
     return Answer(render_quarantine.entries(answer), answer)
+
+
+def _listing(args: argparse.Namespace) -> Facts:
+    """All entries; the daemon gives so many at a time, and says where to go on."""
+    entries: list[Facts] = []
+    usage: dict[str, Facts] = {}
+    after: list[str] | None = None
+    while True:
+        behind = {} if after is None else {"after": after}
+        answer = _quarantine(args, "list", **behind)
+        entries += answer["entries"]
+        usage |= {one["volume"]: one for one in answer.get("usage") or []}
+        after = answer.get("next")
+        if after is None or len(entries) >= _MAX_LISTED:
+            break
+    return {
+        **answer,
+        "entries": entries,
+        "usage": list(usage.values()),
+        "more": bool(answer.get("more")) or after is not None,
+    }
 
 
 def quarantine_show(args: argparse.Namespace) -> Answer:
@@ -210,7 +236,7 @@ def quarantine_restore(args: argparse.Namespace) -> Answer:
 def quarantine_drop(args: argparse.Namespace) -> Answer:
     """Deletes one entry for good."""
     path = client.socket_path(args)
-    listed = _quarantine(args, "list")["entries"]
+    listed = _listing(args)["entries"]
     found = [one for one in listed if one["name"] == args.entry]
     if not found:
         raise CommandError(

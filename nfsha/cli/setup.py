@@ -12,6 +12,7 @@ from pathlib import Path
 import nfsha
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.config import ConfigError, Settings, load, warnings
+from nfsha.host import hooks
 from nfsha.peer import keys
 
 DEFAULT_CONFIG = Path("/etc/nfsha/nfsha.toml")
@@ -66,10 +67,21 @@ def release(args: argparse.Namespace) -> Answer:
     return take_away(args)
 
 
+def _require_hooks(settings: Settings) -> None:
+    """Raises CommandError (exit 2) when a configured hook is not there, or others may change it."""
+    if settings.hooks.mount is None or settings.hooks.unmount is None:
+        return
+    try:
+        hooks.require(settings.hooks.mount, settings.hooks.unmount)
+    except hooks.HookError as error:
+        raise CommandError(Exit.USAGE, str(error)) from None
+
+
 def check_config(args: argparse.Namespace) -> Answer:
     """Says whether the configuration is right, with everything that the operator has accepted."""
     path = config_path(args)
     settings = load_settings(args)
+    _require_hooks(settings)
     risks = warnings(settings)
     vips = ", ".join(map(str, settings.vips))
     name = "" if settings.name == settings.role else f" ({settings.name})"

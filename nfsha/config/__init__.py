@@ -23,6 +23,7 @@ from nfsha.config.settings import (
     RSYNC,
     SINGLE_LINK_WITNESS,
     Firewall,
+    Hooks,
     IPAddress,
     Link,
     Log,
@@ -42,6 +43,7 @@ __all__ = [
     "RSYNC",
     "ConfigError",
     "Firewall",
+    "Hooks",
     "IPAddress",
     "Link",
     "Log",
@@ -65,6 +67,8 @@ MAX_FILE_BYTES: Final = 1 << 20
 
 _LONG_EVERY_MS: Final = 3_600_000
 _LONG_FULL_EVERY_MS: Final = 86_400_000
+_LONG_HOOK_MS: Final = 80_000
+"""TimeoutStopSec= of the shipped service is 90 s."""
 _ALL_PERCENT: Final = 100
 
 MAX_PROBLEMS: Final = 50
@@ -129,6 +133,11 @@ def warnings(settings: Settings) -> tuple[str, ...]:
         found.append(
             'timing.profile is "fast" without scheduling.realtime: a busy host may be mistaken for'
             " a dead one"
+        )
+    if settings.hooks.given and settings.hooks.timeout_ms > _LONG_HOOK_MS:
+        found.append(
+            f'hooks.timeout is "{show_ms(settings.hooks.timeout_ms)}": a stop of the daemon waits'
+            " so long for the unmount hook; give the service a longer TimeoutStopSec too"
         )
     if settings.replication == RSYNC:
         found += _sync_warnings(settings.sync)
@@ -214,6 +223,11 @@ def _assemble(reader: Reader) -> Settings:
         firewall=_assemble_firewall(reader, nfs),
         replication=reader.take(keys.REPLICATION_KEY),
         sync=_assemble_sync(reader, links),
+        hooks=Hooks(
+            mount=reader.take(keys.MOUNT_HOOK_KEY),
+            unmount=reader.take(keys.UNMOUNT_HOOK_KEY),
+            timeout_ms=reader.take(keys.HOOK_TIMEOUT_KEY),
+        ),
         takeover=Takeover(
             start_alone_after_ms=reader.take(keys.START_ALONE_KEY),
             accept=reader.take(keys.ACCEPT_KEY),

@@ -28,6 +28,7 @@ from nfsha.config.kinds import (
     duration_or_never,
     list_of,
     one_or_more,
+    word_or,
 )
 from nfsha.config.reading import Key, Reader, optional, required
 from nfsha.config.settings import (
@@ -217,7 +218,8 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         "nfs.mounts",
         list_of(PATH, 0, 1024),
         "[]",
-        "Mount points at or under the root that must be mounted before this node serves.",
+        "Mount points at or under the root that must be mounted before this node serves; with"
+        " hooks they are looked at only then.",
     ),
     NFS_PORT_KEY := optional("nfs.nfs_port", PORT, "2049", "The port of the NFS server."),
     MOUNTD_PORT_KEY := optional(
@@ -276,6 +278,25 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         " links while both nodes reach the witness: then both serve).",
     ),
     *SYNC_KEYS,
+    MOUNT_HOOK_KEY := optional(
+        "hooks.mount",
+        word_or("", PATH),
+        '""',
+        "The program that mounts (and exports) the volumes of a block replica before this node"
+        " serves; none where the volumes are always mounted.",
+    ),
+    UNMOUNT_HOOK_KEY := optional(
+        "hooks.unmount",
+        word_or("", PATH),
+        '""',
+        "The program that gives them up again once this node does not serve any more.",
+    ),
+    HOOK_TIMEOUT_KEY := optional(
+        "hooks.timeout",
+        duration(1000, 300_000),
+        '"30s"',
+        "How long a hook may run; then it is killed, and counts as failed.",
+    ),
     REALTIME_KEY := optional(
         "scheduling.realtime", FLAG, "true", "Ask for SCHED_RR, so that a busy host delays nothing."
     ),

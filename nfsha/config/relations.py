@@ -9,11 +9,13 @@ from typing import Final
 from nfsha.config.keys import (
     ADDRESS_LEASE_KEY,
     LINKS_KEY,
+    MOUNT_HOOK_KEY,
     MOUNTD_PORT_KEY,
     MOUNTS_KEY,
     NFS_PORT_KEY,
     RENEW_EVERY_KEY,
     TIMING_KEYS,
+    UNMOUNT_HOOK_KEY,
     WITNESS_KEY,
 )
 from nfsha.config.kinds import Finding
@@ -201,6 +203,24 @@ def _check_mounts(settings: Settings) -> Iterator[Problem]:
             yield Problem(f"{MOUNTS_KEY.name}[{number}]", show(str(mount)), right)
 
 
+def _check_hooks(settings: Settings) -> Iterator[Problem]:
+    """One complaint at a time: each of them makes the others moot."""
+    hooks = settings.hooks
+    given = hooks.mount or hooks.unmount
+    if given is None:
+        return
+    if settings.replication == RSYNC:
+        right = f'goes with replication = "{OFF}" only: volumes that rsync copies stay mounted'
+        yield Problem("hooks", show(str(given)), right)
+    elif hooks.mount is None or hooks.unmount is None:
+        missing = MOUNT_HOOK_KEY if hooks.mount is None else UNMOUNT_HOOK_KEY
+        right = f"is missing: must be given together with the other hook ({show(str(given))})"
+        yield Problem(missing.name, "", right)
+    elif not settings.nfs.mounts:
+        right = "must list what the mount hook mounts: so it is seen whether it did"
+        yield Problem(MOUNTS_KEY.name, "[]", right)
+
+
 def _check_sync_times(settings: Settings) -> Iterator[Problem]:
     sync = settings.sync
     if sync.every_ms is not None and sync.cron is not None:
@@ -321,6 +341,12 @@ RELATIONS: Final = (
         _check_service_ports,
     ),
     Relation("`nfs.mounts` are at or under `nfs.root`.", ("nfs.mounts", "nfs.root"), _check_mounts),
+    Relation(
+        "`hooks.mount` and `hooks.unmount` are given together, or none of them; with"
+        f' `replication = "{OFF}"` only, and with all that they mount in `nfs.mounts`.',
+        ("hooks", "replication", "nfs.mounts"),
+        _check_hooks,
+    ),
     Relation(
         "Only one of `sync.every` and `sync.cron` is given; `sync.jitter` is at most half of each"
         " `every`.",

@@ -153,6 +153,20 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
+class Hooks:
+    """Programs that mount and give up the volumes of a block replica; both, or none."""
+
+    mount: Path | None
+    unmount: Path | None
+    timeout_ms: int
+
+    @property
+    def given(self) -> bool:
+        """There are hooks: a node that does not serve has its volumes unmounted."""
+        return self.mount is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduling:
     """How the daemon asks the kernel to be run."""
 
@@ -193,6 +207,7 @@ class Settings:
     replication: str
     """`RSYNC` or `OFF`."""
     sync: Sync
+    hooks: Hooks
     takeover: Takeover
     scheduling: Scheduling
     log: Log

@@ -20,7 +20,7 @@ from nfsha.core.model import (
     PromiseState,
 )
 from nfsha.core.state import State
-from nfsha.core.table import ALL, ROWS, TURN, Row
+from nfsha.core.table import ALL, HOOK, ROWS, TURN, Row
 
 Facts = dict[str, object]
 """A part of a situation: plain JSON types only."""
@@ -34,6 +34,8 @@ CLAIM_SHOWN_MS = 120_000
 """So long after the last claim on the VIP the alarm stands: two refreshes of a rightful holder."""
 
 _WIDTH = 96
+
+_EVENTS = {TURN: "each turn", HOOK: "the end of a hook"}
 
 
 # --------------------------------------------------------------------------- the table
@@ -64,7 +66,7 @@ def explain(row_id: str) -> str:
     found = _find(row_id)
     facts = {
         "phase": _phases(found),
-        "event": "each turn" if found.event == TURN else f"command {found.event}",
+        "event": _EVENTS.get(found.event, f"command {found.event}"),
         "guard": str(found.guard),
         "effect": f"{found.effect.__name__}: {_first_sentence(found)}" if _acts(found) else "none",
         "to": _target(found),
@@ -74,7 +76,7 @@ def explain(row_id: str) -> str:
 
 
 def table_text() -> str:
-    """The table as text: by phase, then the commands; under each row its reason."""
+    """The table as text: by phase, then hooks and commands; under each row its reason."""
     parts: list[str] = []
     for title, members in _chapters():
         parts.append(title)
@@ -143,7 +145,8 @@ def _as_facts(found: Row) -> Facts:
 def _chapters() -> Iterable[tuple[str, list[Row]]]:
     for phase in ALL:
         yield str(phase), [one for one in ROWS if one.event == TURN and phase in one.phases]
-    yield "Commands", [one for one in ROWS if one.event != TURN]
+    yield "Hooks", [one for one in ROWS if one.event == HOOK]
+    yield "Commands", [one for one in ROWS if one.event not in _EVENTS]
 
 
 def _acts(found: Row) -> bool:
@@ -201,6 +204,7 @@ def situation(state: State, now_ms: int) -> Facts:
         "maintenance": state.durable.maintenance,
         "stopping": state.stopping or None,
         "replication": _replication(state),
+        "volumes": _volumes(state),
         "vip": {
             "held": state.address_held,
             "carrier": state.carrier,
@@ -228,6 +232,14 @@ def _replication(state: State) -> Facts:
         return {"mode": "off", "whole": state.whole, "text": REPLICATION_OFF}
     text = "a whole replica" if state.whole else f"not a whole replica: {state.whole_reason}"
     return {"mode": "on", "whole": state.whole, "text": text}
+
+
+def _volumes(state: State) -> Facts | None:
+    """What the hooks have mounted (None: not known), and which one runs; None without hooks."""
+    if not state.config.has_hooks:
+        return None
+    running = "mount" if state.mounting else "unmount" if "volumes" in state.flights else None
+    return {"mounted": state.volumes_mounted, "hook": running}
 
 
 def _answered_by(state: State, now_ms: int) -> str | None:
@@ -393,6 +405,8 @@ def alarms_of(state: State, now_ms: int) -> dict[str, str]:
         "unserved": _unserved(state, now_ms),
         "peer-silent": _peer_silent(state, now_ms),
         "peer-unable": _peer_unable(state, now_ms),
+        "mount-failed": _mount_failed(state, now_ms),
+        "unmount-failed": state.unmount_trouble,
     }
     return {name: text for name, text in told.items() if text}
 
@@ -501,6 +515,11 @@ def _peer_unable(state: State, now_ms: int) -> str:
     return f"the other node could not take over now: it is {report.phase}{condition}"
 
 
+def _mount_failed(state: State, now_ms: int) -> str:
+    """Once the other node serves it is no trouble any more: that one had not given them up yet."""
+    return "" if lease.peer_serves(state, now_ms) else state.mount_trouble
+
+
 # --------------------------------------------------------------------------- what to do next
 
 _NOTHING = "nothing"
@@ -527,6 +546,15 @@ _NEXT_BY_ROW: Mapping[str, str] = {
     "M91": "when the work is done: `nfsha maintenance off`",
 }
 """What an operator does about a row; rows that need nothing are missing."""
+
+_HOOK_FAILED = "mend what the hook says (alarms, `nfsha events`); it is run again by itself"
+
+_NEXT_BY_ALARM: Mapping[str, str] = {
+    "timings-short": "give both nodes the same [timing], and restart nfsha",
+    "mount-failed": _HOOK_FAILED,
+    "unmount-failed": _HOOK_FAILED,
+}
+"""What an operator does about an alarm, whatever the row."""
 
 _NEXT_BY_OBSTACLE: Mapping[str, str] = {
     "promised": "start the other node; if it is off for certain: `nfsha activate --force` here",
@@ -562,8 +590,9 @@ def next_step(state: State, now_ms: int) -> str:
             "look at the machine that answers for the VIP: its nfsha is alive but not heard "
             "here, or it is no nfsha at all"
         )
-    if "timings-short" in alarms:
-        return "give both nodes the same [timing], and restart nfsha"
+    for name, step in _NEXT_BY_ALARM.items():
+        if name in alarms:
+            return step
     if state.row == "P93":
         return _NEXT_BY_OBSTACLE.get(lease.takeover_obstacle(state), _NOTHING)
     if state.row in _NEXT_BY_ROW:

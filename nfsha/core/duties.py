@@ -6,7 +6,7 @@ needs a special case.
 
 from __future__ import annotations
 
-from nfsha.core import handover, lease
+from nfsha.core import handover, lease, volumes
 from nfsha.core.model import (
     GIVING_PHASES,
     NEVER_MS,
@@ -31,6 +31,7 @@ from nfsha.core.model import (
     Survey,
     TakeToken,
     Thaw,
+    UnmountVolumes,
 )
 from nfsha.core.orders import Orders
 from nfsha.core.state import SENT_KEPT, State
@@ -55,6 +56,7 @@ def all_duties(state: State, orders: Orders, now_ms: int) -> None:
         remove_leftover(state, orders, now_ms)
     end_receivers(state, orders, now_ms)
     thaw(state, orders, now_ms)
+    unmount(state, orders, now_ms)
     survey(state, orders, now_ms)
     ask_witness(state, orders, now_ms)
     prove(state, orders, now_ms)
@@ -161,6 +163,15 @@ def thaw(state: State, orders: Orders, now_ms: int) -> None:
     if not orders.in_flight("freeze") and now_ms - state.thaw_tried_ms >= THAW_RETRY_MS:
         orders.order(Thaw())
         state.thaw_tried_ms = now_ms
+
+
+def unmount(state: State, orders: Orders, now_ms: int) -> None:
+    """Gives the volumes up when this node neither serves nor is about to; a mount is cut short."""
+    if not volumes.unmount_due(state, now_ms):
+        return
+    state.mounting = False
+    state.volumes_mounted = None
+    orders.order(UnmountVolumes(state.epoch))
 
 
 def survey(state: State, orders: Orders, now_ms: int) -> None:
@@ -312,7 +323,8 @@ def _handover(state: State) -> Epoch | None:
 
 def _ready(state: State) -> bool:
     if state.phase is Phase.PREPARED:
-        return handover.settled(state) and not state.address_held
+        given = handover.settled(state) and volumes.given_up(state)
+        return given and not state.address_held
     return state.phase is Phase.PRESYNC and state.presync_ready
 
 
@@ -390,10 +402,19 @@ def leave(state: State, orders: Orders, now_ms: int) -> None:
         return
     if orders.in_flight("persist") and not late:
         return
+    if _gives_up_volumes(state, now_ms):
+        return
     unseen = state.durable.promise and not state.promise_echoed
     if unseen and lease.peer_heard(state, now_ms) and not late:
         return
     _exit(state, orders, f"{state.stopping}: nothing is held here any more")
+
+
+def _gives_up_volumes(state: State, now_ms: int) -> bool:
+    """The unmount hook has as long as it may run; then the daemon ends without it."""
+    if state.serving or volumes.given_up(state):
+        return False
+    return now_ms < state.stop_by_ms + (state.config.hook_timeout_ms or 0)
 
 
 def _leave_serving(state: State, orders: Orders, now_ms: int, *, late: bool) -> None:

@@ -17,6 +17,7 @@ from nfsha.core.model import (
     DropToken,
     Epoch,
     Freeze,
+    MountVolumes,
     OpenService,
     Phase,
     RemoveAddress,
@@ -115,6 +116,7 @@ def begin_takeover(state: State, orders: Orders, now_ms: int) -> None:
     state.withhold_since_ms = None
     state.send_soon = True
     state.fence_failed_ms = NEVER_MS
+    state.mount_failures = 0
     if state.config.replication:
         state.receivers_stopped = False
         orders.order(StopReceivers())
@@ -139,6 +141,13 @@ def give_up_takeover(state: State, orders: Orders, now_ms: int) -> None:
         state.token_since_ms = None
         orders.order(DropToken())
     _leave_takeover(state, orders)
+
+
+def mount(state: State, orders: Orders, now_ms: int) -> None:
+    """Runs the mount hook: nothing is served before the volumes are mounted."""
+    state.mounting = True
+    state.volumes_mounted = None
+    orders.order(MountVolumes(state.epoch))
 
 
 def commit(state: State, orders: Orders, now_ms: int) -> None:
@@ -188,6 +197,7 @@ def finish_receiving(state: State, orders: Orders, now_ms: int) -> None:
 
 def restore(state: State, orders: Orders, now_ms: int) -> None:
     """Proved: nothing may write here any more but the clients."""
+    state.mount_failures = 0
     if state.config.replication:
         state.receivers_stopped = False
         orders.order(StopReceivers())

@@ -27,7 +27,7 @@ from nfsha.core.model import (
 )
 from nfsha.core.orders import OVERDUE, Orders
 from nfsha.core.state import State
-from nfsha.core.table import INDEX, TURN, Row
+from nfsha.core.table import HOOK, INDEX, TURN, Row
 
 MAX_ROWS_A_TURN = 12
 """More rows than this in one turn would be a loop in the table."""
@@ -72,6 +72,8 @@ def begin(
     state.adopted = (
         address_held and known.active and known.boot_id == config.boot_id and state.is_authority
     )
+    if config.has_hooks and state.adopted:
+        state.volumes_mounted = True
     return state
 
 
@@ -88,6 +90,7 @@ def decide(state: State, inputs: Sequence[Input], now_ms: int) -> Decision:
             replies.append(_obey(after, what, orders, fired, now_ms))
         else:
             absorb(what, after, now_ms)
+    _tell_hook(after, fired, now_ms)
     if not after.exited:
         _run_table(after, orders, fired, now_ms)
         duties.all_duties(after, orders, now_ms)
@@ -122,6 +125,10 @@ def _overdue(state: State, now_ms: int) -> None:
             absorb(model.Frozen(ok=False, detail=reason), state, now_ms)
         elif slot == "freeze":
             absorb(model.Thawed(ok=False, detail=reason), state, now_ms)
+        elif slot == "volumes" and state.mounting:
+            absorb(model.VolumesMounted(ok=False, detail=reason), state, now_ms)
+        elif slot == "volumes":
+            absorb(model.VolumesUnmounted(ok=False, detail=reason), state, now_ms)
         elif slot == "fence":
             absorb(model.FenceReported(off=False, detail="no end within its time"), state, now_ms)
 
@@ -146,6 +153,16 @@ def _run_table(state: State, orders: Orders, fired: list[Fired], now_ms: int) ->
     raise invariants.BrokenInvariantError(
         f"the table does not come to rest in {state.phase} (last row {state.row})"
     )
+
+
+def _tell_hook(state: State, fired: list[Fired], now_ms: int) -> None:
+    """The end of a hook has a row of its own in each phase; what follows is the turn's business."""
+    if state.hook_news:
+        row = INDEX[(state.phase, HOOK, guards.on_hook(state, now_ms))]
+        fired.append(
+            Fired(now_ms, row.id, state.phase, state.phase, row.why, _detail(state, now_ms))
+        )
+        state.hook_news = ""
 
 
 def _rest(state: State, row: Row, now_ms: int) -> None:
@@ -189,6 +206,7 @@ def _detail(state: State, now_ms: int) -> str:
         parts.append(f"handover to epoch {state.handover}")
     if state.handover_off:
         parts.append(state.handover_off)
+    parts += [words for words in (state.mount_trouble, state.unmount_trouble) if words]
     if state.repair:
         parts.append(f"taken away: {state.repair}")
     return ", ".join(parts)

@@ -363,6 +363,28 @@ def _(what: model.Thawed, state: State, now_ms: int) -> None:
 
 
 @absorb.register
+def _(what: model.VolumesMounted, state: State, now_ms: int) -> None:
+    state.mounting = False
+    state.mount_ended_ms = now_ms
+    state.volumes_mounted = True if what.ok else None
+    state.mount_trouble = "" if what.ok else what.detail
+    state.mount_failures = 0 if what.ok else state.mount_failures + 1
+    state.hook_news = "mounted" if what.ok else "mount-failed"
+    if what.ok:
+        state.unmount_trouble = ""
+        state.unmount_failures = 0
+
+
+@absorb.register
+def _(what: model.VolumesUnmounted, state: State, now_ms: int) -> None:
+    state.unmount_ended_ms = now_ms
+    state.volumes_mounted = False if what.ok else None
+    state.unmount_trouble = "" if what.ok else what.detail
+    state.unmount_failures = 0 if what.ok else state.unmount_failures + 1
+    state.hook_news = "unmounted" if what.ok else "unmount-failed"
+
+
+@absorb.register
 def _(what: model.LeaseLost, state: State, now_ms: int) -> None:
     if what.lock == "address":
         state.address_held = False

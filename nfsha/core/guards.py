@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
-from nfsha.core import handover, lease
+from nfsha.core import handover, lease, volumes
 from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Command, CommandKind, Phase, Role
 from nfsha.core.state import State
 
@@ -63,6 +63,13 @@ class Guard(StrEnum):
     EXCLUSIVE = "exclusive"
     PERSISTING = "persisting"
     RECORDING = "recording"
+    # volumes that hooks mount
+    MOUNT = "volumes-not-mounted"
+    MOUNTING = "mounting"
+    MOUNTED = "mounted"
+    UNMOUNTED = "unmounted"
+    MOUNT_FAILED = "mount-failed"
+    UNMOUNT_FAILED = "unmount-failed"
     # replica
     RECORDED = "peer-epoch-recorded"
     RESYNC = "resync-needed"
@@ -192,12 +199,19 @@ def _returning(state: State, now_ms: int) -> Guard:
     if now_ms - state.lease_lost_ms < LEASE_RETRY_MS:
         return Guard.COOLING
     if now_ms < lease.return_deadline_ms(state, now_ms) and not lease.peer_serves(state, now_ms):
-        return Guard.EVIDENCE
+        return _mounts_first(state, now_ms) or Guard.EVIDENCE
     if not lease.standing_evidence(state):
         return Guard.NO_EVIDENCE
     if lease.vip_unanswered(state, now_ms):
-        return Guard.STANDING
+        return _mounts_first(state, now_ms) or Guard.STANDING
     return Guard.VIP_ANSWERED if _answered(state, now_ms) else Guard.VIP_UNKNOWN
+
+
+def _mounts_first(state: State, now_ms: int) -> Guard | None:
+    """Nothing is served before the mount hook has mounted the volumes."""
+    if volumes.ready(state):
+        return None
+    return Guard.MOUNT if volumes.mount_due(state, now_ms) else Guard.MOUNTING
 
 
 def passive(state: State, now_ms: int) -> Guard:
@@ -274,13 +288,17 @@ def _operator_knows(state: State) -> bool:
 
 def _takeover_gathering(state: State, now_ms: int) -> Guard:
     ready = lease.grants_ended(state, now_ms) and lease.vip_unanswered(state, now_ms)
-    lost = not ready or _peer_came_back(state, now_ms) or lease.takeover_obstacle(state)
+    # A question without an answer yet, or a late turn of our own, is no reason to cut a mount
+    # short: all is asked once more before the new epoch is ordered.
+    mounts = state.mounting or state.volumes_mounted is True
+    ended = _answered(state, now_ms) if mounts else not ready
+    lost = ended or _peer_came_back(state, now_ms) or lease.takeover_obstacle(state)
     if lost and not state.by_operator:
         return Guard.CONDITIONS_LOST
-    if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS:
+    if now_ms - state.phase_since_ms >= GATHER_LIMIT_MS and not state.mounting:
         return Guard.OPERATOR_FAILED if state.by_operator else Guard.GATHERED_TOO_LONG
     if ready and state.receivers_stopped and not state.froze and lease.exclusive(state, now_ms):
-        return Guard.EXCLUSIVE
+        return _mounts_first(state, now_ms) or Guard.EXCLUSIVE
     return Guard.GATHERING
 
 
@@ -508,13 +526,26 @@ def restoring(state: State, now_ms: int) -> Guard:
         return Guard.RECEIVERS_END
     if not handover.giver_bound(state, now_ms) or state.persist_error or state.unsure:
         return Guard.GIVER_UNBOUND
-    return Guard.EXCLUSIVE
+    return _mounts_first(state, now_ms) or Guard.EXCLUSIVE
 
 
 def _restoring_committed(state: State, now_ms: int) -> Guard:
     if not state.committed:
         return Guard.PERSIST_FAILED if state.persist_error else Guard.PERSISTING
     return _takeover_committed(state, now_ms)
+
+
+def on_hook(state: State, now_ms: int) -> Guard:
+    """The end of a hook: which one, and did it go well?"""
+    match state.hook_news:
+        case "mounted":
+            return Guard.MOUNTED
+        case "unmounted":
+            return Guard.UNMOUNTED
+        case "mount-failed":
+            return Guard.MOUNT_FAILED
+        case _:
+            return Guard.UNMOUNT_FAILED
 
 
 def _epoch_guard(state: State) -> Guard | None:

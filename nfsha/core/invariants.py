@@ -6,6 +6,7 @@ in the kernel end. The pair's invariants (I1, I2, ..) are checked by the simulat
 
 from __future__ import annotations
 
+from nfsha.core import volumes
 from nfsha.core.model import RECEIVING_PHASES, Phase
 from nfsha.core.state import State
 
@@ -29,6 +30,8 @@ def _phase_broken(state: State) -> str:
         return "ISOLATED without an epoch"
     if state.durable.promise and state.serving:
         return "serves although it promised not to take over"
+    if state.serving and not volumes.ready(state):
+        return "serves, but the hooks have not mounted the volumes"
     return ""
 
 

@@ -355,8 +355,24 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumesMounted:
+    """The mount hook ended, and the volumes are mounted; or why not (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Thawed:
     """The volumes take writes again; or why they do not (`ok` False)."""
+
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumesUnmounted:
+    """The unmount hook ended, and the volumes are given up; or why not (`ok` False)."""
 
     ok: bool
     detail: str = ""
@@ -431,6 +447,8 @@ Result = (
     | ReceiversStopped
     | Frozen
     | Thawed
+    | VolumesMounted
+    | VolumesUnmounted
     | LeaseLost
     | LeaseHeld
     | AddressChanged
@@ -574,6 +592,23 @@ class Thaw:
 
 
 @dataclass(frozen=True, slots=True)
+class MountVolumes:
+    """Runs the mount hook, and looks whether the volumes are mounted: `VolumesMounted`.
+
+    A hook of an older order is ended first.
+    """
+
+    epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnmountVolumes:
+    """Runs the unmount hook, and looks whether they are gone: `VolumesUnmounted`. Ends as well."""
+
+    epoch: Epoch | None
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """The daemon may end now; nothing of the core runs after it."""
 
@@ -600,6 +635,8 @@ Action = (
     | StopReceivers
     | Freeze
     | Thaw
+    | MountVolumes
+    | UnmountVolumes
     | Exit
 )
 
@@ -652,6 +689,13 @@ class CoreConfig:
     """The longest that the giver may take until nothing writes any more."""
     final_limit_ms: int = 20_000
     """The longest from the giver's word that it is prepared to the proof of equal data."""
+    hook_timeout_ms: int | None = None
+    """How long a mount or unmount hook may run; None: there are none."""
+
+    @property
+    def has_hooks(self) -> bool:
+        """Hooks mount and give up the volumes; a node that does not serve has them unmounted."""
+        return self.hook_timeout_ms is not None
 
     @property
     def agent_only(self) -> bool:

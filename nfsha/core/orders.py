@@ -23,8 +23,13 @@ SLOTS: dict[type, tuple[str, int]] = {
     model.StopReceivers: ("receivers", 10_000),
     model.Freeze: ("freeze", 60_000),
     model.Thaw: ("freeze", 10_000),
+    model.MountVolumes: ("volumes", 20_000),
+    model.UnmountVolumes: ("volumes", 20_000),
 }
-"""Slot and longest time in flight, in milliseconds, of each action that has a result."""
+"""Slot and longest time in flight, in milliseconds, of each action that has a result.
+
+A hook's own time limit is added for the volumes: this is for the end of an older one, and its own.
+"""
 
 OVERDUE: dict[str, str] = {
     "persist": "the disk gave no answer within 5 s",
@@ -32,6 +37,7 @@ OVERDUE: dict[str, str] = {
     "service": "the firewall gave no answer within 2 s",
     "receivers": "the receiving processes were not gone within 10 s",
     "freeze": "the volumes gave no answer within 10 s",
+    "volumes": "the hook did not end within its time",
 }
 
 
@@ -49,7 +55,10 @@ class Orders:
         self._state.next_action = number + 1
         slot = SLOTS.get(type(action))
         if slot is not None:
-            self._state.flights[slot[0]] = Flight(number, self._now_ms + slot[1])
+            name, within_ms = slot
+            if name == "volumes":
+                within_ms += self._state.config.hook_timeout_ms or 0
+            self._state.flights[name] = Flight(number, self._now_ms + within_ms)
         self.actions.append(Numbered(number, action))
         return number
 

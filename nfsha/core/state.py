@@ -133,6 +133,20 @@ class State:
     receivers_stuck: str = ""
     """Why a receiving process cannot be ended."""
     receivers_tried_ms: int = NEVER_MS
+    volumes_mounted: bool | None = None
+    """By the hooks: mounted, given up, or not known (None: a former run's, or a hook failed)."""
+    mounting: bool = False
+    """The mount hook runs."""
+    mount_ended_ms: int = NEVER_MS
+    mount_failures: int = 0
+    """How many runs of the mount hook failed since the last good one."""
+    mount_trouble: str = ""
+    """What the last run of the mount hook failed with; "" after a good one."""
+    unmount_ended_ms: int = NEVER_MS
+    unmount_failures: int = 0
+    unmount_trouble: str = ""
+    hook_news: str = ""
+    """What a hook's end is called until its row has fired."""
     carrier: bool = True
     address_held: bool = False
     leftover: tuple[str, ...] = ()

@@ -22,6 +22,9 @@ Effect = Callable[[State, Orders, int], None]
 TURN = "turn"
 """The event of a row that is looked at in every turn of the engine."""
 
+HOOK = "hook"
+"""The event of a row that tells of the end of a mount or unmount hook."""
+
 C = CommandKind
 P = Phase
 G = Guard
@@ -107,6 +110,8 @@ _WAITING = (
           "the authority, the peer cannot take over, and nobody answers for the VIP"),
     _turn("W24", P.WAITING, G.START_ALONE, E.activate, P.TAKEOVER,
           "start_alone_after has passed without a word from the peer"),
+    _turn("W26", P.WAITING, G.MOUNT, E.mount, None,
+          "may serve: the mount hook is run first"),
     _turn("W30", P.WAITING, G.PEER_IS_AUTHORITY, E.enter_passive, P.PASSIVE,
           "the peer is heard, and is the authority"),
     _turn("W40", P.WAITING, G.CONFLICT, E.isolate, P.DIVERGED,
@@ -116,7 +121,7 @@ _WAITING = (
     _turn("W50", P.WAITING, G.UNFIT, E.nothing, P.FAULT,
           "the authority, but its own service or storage is broken"),
     _disown("W70", P.WAITING),
-    _stay("W87", P.WAITING, G.THAWING, "may serve; the volumes are still frozen"),
+    _stay("W86", P.WAITING, G.THAWING, "may serve; the volumes are still frozen"),
     _stay("W90", P.WAITING, G.PEER_UNHEARD,
           "waits for the peer: a node that boots never serves alone "
           "(`nfsha activate` if the peer is gone for good)"),
@@ -134,6 +139,8 @@ _WAITING = (
     _stay("W97", P.WAITING, G.JOURNAL_LOST,
           "a journal is missing or corrupt on a node that is not new: the operator must say whose "
           "data is the truth (`nfsha activate` there)"),
+    _stay("W87", P.WAITING, G.MOUNTING,
+          "may serve, but not before the mount hook has mounted the volumes"),
     _stay("W89", P.WAITING, G.COOLING,
           "a lease in the kernel was lost a moment ago: tries again within a second"),
     _stay("W88", P.WAITING, G.VOLUMES_UNSEEN,
@@ -173,6 +180,8 @@ _PASSIVE = (
 _TAKEOVER = (
     _turn("T10", P.TAKEOVER, G.EXCLUSIVE, E.commit, None,
           "proved that the other node cannot serve: the new epoch is ordered, no way back"),
+    _turn("T12", P.TAKEOVER, G.MOUNT, E.mount, None,
+          "proved that the other node cannot serve: the mount hook is run before the new epoch"),
     _turn("T20", P.TAKEOVER, G.EVIDENCE, E.serve, P.ACTIVE,
           "the new epoch is on the disk: takes the address and serves"),
     _turn("T30", P.TAKEOVER, G.PEER_SERVES, E.give_up_takeover, P.PASSIVE,
@@ -182,7 +191,8 @@ _TAKEOVER = (
     _turn("T34", P.TAKEOVER, G.GATHERED_TOO_LONG, E.give_up_takeover, P.PASSIVE,
           "no proof within a minute: starts anew, so that the peer hears an echo again"),
     _turn("T35", P.TAKEOVER, G.OPERATOR_FAILED, E.give_up_takeover, P.WAITING,
-          "what the operator asked for cannot be: the peer serves, or somebody else holds the VIP"),
+          "what the operator asked for cannot be: the peer serves, somebody else holds the VIP, or "
+          "the mount hook fails"),
     _turn("T36", P.TAKEOVER, G.STOPPING, E.give_up_takeover, P.WAITING,
           "the daemon is stopping: nothing was ordered yet"),
     _turn("T38", P.TAKEOVER, G.STILL_PREPARED, E.give_up_takeover, P.PREPARED,
@@ -198,6 +208,8 @@ _TAKEOVER = (
     _turn("T62", P.TAKEOVER, G.NO_EVIDENCE, E.isolate, P.ISOLATED,
           "the new epoch is on the disk, but the evidence to serve it ran out"),
     _stay("T90", P.TAKEOVER, G.GATHERING, "gathers the proof that the other node cannot serve"),
+    _stay("T93", P.TAKEOVER, G.MOUNTING,
+          "may serve, but not before the mount hook has mounted the volumes"),
     _stay("T91", P.TAKEOVER, G.PERSISTING, "the new epoch is on its way to the disk"),
     _stay("T92", P.TAKEOVER, G.RECORDING, "the new epoch is on the disk; waits for its evidence"),
 )  # fmt: skip
@@ -247,13 +259,15 @@ _ISOLATED = (
           "the peer grants again, and knows no higher epoch"),
     _turn("I22", P.ISOLATED, G.STANDING, E.serve, P.ACTIVE,
           "the peer cannot take over, and nobody answers for the VIP"),
+    _turn("I26", P.ISOLATED, G.MOUNT, E.mount, None,
+          "may serve again: the mount hook is run first"),
     _turn("I40", P.ISOLATED, G.CONFLICT, E.isolate, P.DIVERGED,
           "the peer has another epoch of the same number: two histories"),
     _turn("I42", P.ISOLATED, G.HIGHER, E.follow, P.RETURNED,
           "a higher epoch exists: the peer took over meanwhile"),
     _turn("I50", P.ISOLATED, G.UNFIT, E.nothing, P.FAULT, "the own service or storage is broken"),
     _disown("I70", P.ISOLATED),
-    _stay("I97", P.ISOLATED, G.THAWING, "may serve; the volumes are still frozen"),
+    _stay("I91", P.ISOLATED, G.THAWING, "may serve; the volumes are still frozen"),
     _stay("I90", P.ISOLATED, G.NO_EVIDENCE,
           "the authority without evidence: waits for an echo of the peer "
           "(`nfsha confirm-peer-down` if it is known to be off)"),
@@ -262,6 +276,8 @@ _ISOLATED = (
           "may serve, but another machine answers for the VIP"),
     _stay("I94", P.ISOLATED, G.VIP_UNKNOWN,
           "may serve, and asks whether anybody answers for the VIP"),
+    _stay("I97", P.ISOLATED, G.MOUNTING,
+          "may serve again, but not before the mount hook has mounted the volumes"),
     _stay("I96", P.ISOLATED, G.COOLING,
           "a lease in the kernel was lost a moment ago: tries again within a second"),
     _stay("I95", P.ISOLATED, G.ORDERED, "what was decided is on its way to the disk"),
@@ -383,6 +399,8 @@ _FINAL_SYNC = (
 _RESTORING = (
     _turn("X10", P.RESTORING, G.EXCLUSIVE, E.commit_handover, None,
           "the giver is bound and nothing is received: the new epoch is ordered, no way back"),
+    _turn("X12", P.RESTORING, G.MOUNT, E.mount, None,
+          "the giver is bound and nothing is received: the mount hook is run before the new epoch"),
     _turn("X20", P.RESTORING, G.EVIDENCE, E.serve, P.ACTIVE,
           "the new epoch is on the disk: takes the address and serves"),
     _turn("X30", P.RESTORING, G.HANDOVER_OFF, E.abort_receiving, P.PASSIVE,
@@ -398,9 +416,25 @@ _RESTORING = (
     _turn("X62", P.RESTORING, G.NO_EVIDENCE, E.isolate, P.ISOLATED,
           "the new epoch is on the disk, but the giver's grant ran out"),
     _stay("X90", P.RESTORING, G.RECEIVERS_END, "waits until no process receives any more"),
+    _stay("X94", P.RESTORING, G.MOUNTING,
+          "may serve, but not before the mount hook has mounted the volumes"),
     _stay("X91", P.RESTORING, G.GIVER_UNBOUND, "waits for a young grant of the giver"),
     _stay("X92", P.RESTORING, G.PERSISTING, "the new epoch is on its way to the disk"),
     _stay("X93", P.RESTORING, G.RECORDING, "the new epoch is on the disk; waits for its evidence"),
+)  # fmt: skip
+
+_HOOKS = tuple(
+    Row(row, ALL, HOOK, guard, E.nothing, None, why)
+    for row, guard, why in (
+        ("H10", G.MOUNTED, "the mount hook has mounted the volumes"),
+        ("H20", G.UNMOUNTED, "the unmount hook has given the volumes up"),
+        ("H50", G.MOUNT_FAILED,
+         "the mount hook failed: without the volumes this node does not serve; it tries again as "
+         "long as it may"),
+        ("H52", G.UNMOUNT_FAILED,
+         "the unmount hook failed: the other node may not get the volumes before it is done; it is "
+         "tried again"),
+    )
 )  # fmt: skip
 
 _RESTS = (P.WAITING, P.PASSIVE, P.RETURNED, P.ISOLATED, P.FAULT)
@@ -502,7 +536,7 @@ _COMMANDS = (
 ROWS: tuple[Row, ...] = (
     *_STARTING, *_WAITING, *_PASSIVE, *_TAKEOVER, *_ACTIVE, *_RETURNED, *_ISOLATED,
     *_DIVERGED, *_MAINTENANCE, *_FAULT, *_PRESYNC, *_FINAL_SYNC, *_RESTORING, *_FREEZING,
-    *_PREPARED, *_COMMANDS,
+    *_PREPARED, *_HOOKS, *_COMMANDS,
 )  # fmt: skip
 """The table."""
 

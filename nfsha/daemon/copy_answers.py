@@ -1,25 +1,46 @@
 """The control commands about the copies: volumes, passes, pairs, the quarantine.
 
 Each answer is plain JSON; what the operator asked and cannot have is a CommandError with a reason.
+Long lists go in parts, each of which the socket can carry: who asks goes on where a part ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from nfsha.host.control import CommandError, Credentials
 from nfsha.replica.beneath import from_shown, shown
-from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
+from nfsha.replica.quarantine import (
+    Listing,
+    Quarantine,
+    QuarantineError,
+    Usage,
+    over_limits,
+)
 from nfsha.replica.replicator import ReplicaError, Replicator
 from nfsha.replica.volumes import VolumeError
 
 Facts = dict[str, Any]
+_T = TypeVar("_T")
 
 SHOW_EVERY_S = 0.5
+
+PART_BYTES = 256 << 10
+"""Of one list in one answer, or one element if it is larger; the socket carries 1 MiB at once."""
+
+STATUS_VOLUMES = 20
+STATUS_ALARMS = 100
+"""So many volumes and alarms of the copies are in a node's status; `volumes` has them all."""
+
+PART_ENTRIES = 500
+"""Quarantine entries in one answer: each is a file to be read."""
+
+_SAID = 5
 
 COMMANDS = frozenset(
     {"volumes", "sync", "sync-pause", "sync-bandwidth", "volumes-pair", "quarantine"}
@@ -42,14 +63,27 @@ class CopyAnswers:
         return self._replicator
 
     def brief(self) -> Facts | None:
-        """For `nfsha status`: the same as `volumes`, None where replication is off."""
-        return self._replicator.facts() if self._replicator is not None else None
+        """For `nfsha status`: `volumes` of those in trouble first, and their `total` number.
+
+        None where replication is off.
+        """
+        if self._replicator is None:
+            return None
+        facts = self._replicator.facts()
+        first = sorted(facts["volumes"], key=_is_calm)[:STATUS_VOLUMES]
+        return {**facts, "volumes": _part(first), "total": len(facts["volumes"])}
 
     def alarms(self) -> list[Facts]:
         """What is not as it should be with the copies."""
         if self._replicator is None:
             return []
-        return [{"name": name, "text": text} for name, text in self._replicator.alarms().items()]
+        alarms = [{"name": name, "text": text} for name, text in self._replicator.alarms().items()]
+        found = _part(alarms[:STATUS_ALARMS])
+        more = len(alarms) - len(found)
+        if more:
+            text = f"{more} more alarms of the copies: see `nfsha volumes`"
+            found.append({"name": "more", "text": text})
+        return found
 
     async def answer(self, command: str, args: Facts) -> Facts:
         """One command of `COMMANDS`."""
@@ -66,10 +100,13 @@ class CopyAnswers:
         there = self._there()
         match command:
             case "volumes":
-                return there.facts()
+                facts = there.facts()
+                part = _part(facts["volumes"], _number(args, "start"))
+                return {**facts, "volumes": part, "total": len(facts["volumes"])}
             case "sync":
                 chosen, _ = await self._begin(args, wait=False)
-                return {"ok": True, "why": "", "volumes": there.results(chosen)}
+                begun = there.results(chosen)
+                return {"ok": True, "why": "", "volumes": _part(begun), "total": len(begun)}
             case "sync-pause":
                 there.pause(on=_flag(args, "on"))
                 return {"ok": True, "why": "paused" if args["on"] else "goes on"}
@@ -97,26 +134,37 @@ class CopyAnswers:
     async def wait(
         self, _command: str, args: Facts, _who: Credentials
     ) -> AsyncGenerator[Facts, None]:
-        """`sync-wait`: how the passes go, until all have ended."""
+        """`sync-wait`: how the passes go, until all have ended.
+
+        Each answer has the volumes of which there is news, as many as it carries; the last ones
+        have all of them once more, and then one says that it is `done`.
+        """
         there = self._there()
         try:
             chosen, passes = await self._begin(args, wait=True)
         except ReplicaError as error:
             raise CommandError(str(error), {"refused": True}) from error
+        told: dict[str, Facts] = {}
         pending = set(passes)
         while pending:
             _, pending = await asyncio.wait(pending, timeout=SHOW_EVERY_S)
-            yield {"volumes": self._shown(chosen)}
+            for part in _parts(self._news(chosen, told if pending else {})):
+                yield {"volumes": part}
         bad = [one for one in there.results(chosen) if one["state"] != "idle"]
-        why = "; ".join(f"{one['name']}: {one['why']}" for one in bad)
         refused = bool(bad) and all(one["state"] in ("refused", "held") for one in bad)
-        yield {
-            "done": True, "ok": not bad, "refused": refused, "why": why,
-            "volumes": self._shown(chosen),
-        }  # fmt: skip
+        yield {"done": True, "ok": not bad, "refused": refused, "why": _some(bad)}
 
-    def _shown(self, chosen: list[str]) -> list[Facts]:
-        return [one for one in self._there().facts()["volumes"] if one["uuid"] in chosen]
+    def _news(self, chosen: list[str], told: dict[str, Facts]) -> list[Facts]:
+        """The volumes with which something else happens than was told."""
+        wanted = frozenset(chosen)
+        found = []
+        for one in self._there().facts()["volumes"]:
+            if one["uuid"] in wanted:
+                now = {key: one["sync"][key] for key in ("state", "why", "progress", "plan")}
+                if told.get(one["uuid"]) != now:
+                    told[one["uuid"]] = now
+                    found.append(one)
+        return found
 
     async def _bandwidth(self, args: Facts) -> Facts:
         kib_s = args.get("kib_s")
@@ -136,7 +184,7 @@ class CopyAnswers:
         volume = _maybe_text(args, "volume")
         match args.get("action"):
             case "list":
-                return await self._list(volume)
+                return await self._list(volume, args)
             case "show":
                 return await self._show(volume, args)
             case "restore":
@@ -149,34 +197,74 @@ class CopyAnswers:
             case other:
                 raise CommandError(f"the quarantine knows no action {str(other)[:40]!r}")
 
-    async def _list(self, volume: str | None) -> Facts:
+    def _with_quarantine(self, volume: str | None) -> list[str]:
+        """The volumes that are meant: the named one, or all that have an identity."""
+        inventory = self._there().inventory
+        if volume is None:
+            return sorted(one.name for one in inventory.here if one.identity is not None)
+        one = inventory.by_name(volume)
+        return [one.name if one is not None else volume]
+
+    async def _list(self, volume: str | None, args: Facts) -> Facts:
+        """The entries by volume and name, so many as one answer carries, and where to go on."""
+        begin, after = _after(args)
+        entries: list[Facts] = []
+        usage: list[Facts] = []
+        go_on: list[str] | None = None
+        for name in self._with_quarantine(volume):
+            if name < begin:
+                continue
+            if len(entries) >= PART_ENTRIES:
+                go_on = [name, ""]
+                break
+            behind = after if name == begin else ""
+            try:
+                part = await self._list_one(name, behind, PART_ENTRIES - len(entries))
+            except (ReplicaError, QuarantineError, VolumeError, OSError) as error:
+                if volume is not None:
+                    raise
+                usage.append(_unread(name, str(error)))  # one bad disk hides no other volume
+                continue
+            usage += part["usage"]
+            entries += part["entries"]
+            if part["more"] and part["entries"]:
+                go_on = [name, entries[-1]["name"]]
+                break
+        carried = _part(entries)
+        if len(carried) < len(entries):
+            go_on = [carried[-1]["volume"], carried[-1]["name"]]
+        return {"entries": carried, "usage": usage, "next": go_on}
+
+    async def _list_one(self, volume: str, after: str, limit: int) -> Facts:
+        """Entries of one volume; before the first of them what all of them take."""
         age_ms, size = self._limits
 
-        def call(one: Quarantine) -> tuple[Any, Any, str]:
-            usage = one.usage()
-            return one.list(), usage, over_limits(usage, time.time_ns(), age_ms, size)
+        def call(one: Quarantine) -> tuple[Listing, Usage | None]:
+            return one.list(after=after, limit=limit), None if after else one.usage()
 
-        found = await self._there().quarantine(volume, call)
+        listing, usage = (await self._there().quarantine(volume, call))[volume]
         entries = [
-            {"volume": name, **asdict(entry), "epoch": entry.epoch and entry.epoch.number}
-            for name, (listing, _, _) in found.items()
+            {"volume": volume, **asdict(entry), "epoch": entry.epoch and entry.epoch.number}
             for entry in listing.entries
         ]
-        return {
-            "entries": sorted(entries, key=lambda one: (one["volume"], one["name"])),
-            "more": any(listing.more for listing, _, _ in found.values()),
-            "usage": [
-                {"volume": name, "entries": usage.entries, "bytes": usage.bytes, "over": over}
-                for name, (_, usage, over) in found.items()
-            ],
-        }
+        used = []
+        if usage is not None:
+            over = over_limits(usage, time.time_ns(), age_ms, size)
+            used = [
+                {"volume": volume, "entries": usage.entries, "bytes": usage.bytes, "over": over}
+            ]
+        return {"entries": entries, "usage": used, "more": listing.more}
 
     async def _volume_of(self, volume: str | None, entry: str) -> str:
-        found = await self._there().quarantine(volume, lambda one: one.list())
-        names = [
-            name for name, listing in found.items()
-            if any(one.name == entry for one in listing.entries)
-        ]  # fmt: skip
+        names = []
+        for name in self._with_quarantine(volume):
+            try:
+                found = await self._there().quarantine(name, lambda one: one.holds(entry))
+            except (QuarantineError, VolumeError, OSError):
+                if volume is not None:
+                    raise
+                continue  # one bad disk hides no other volume
+            names += [where for where, holds in found.items() if holds]
         if len(names) != 1:
             raise CommandError(f"there is no entry {entry[:80]!r}: see `nfsha quarantine list`")
         return names[0]
@@ -193,10 +281,11 @@ class CopyAnswers:
             where, lambda one: one.show(entry, after=start, limit=limit)
         )
         page = found[where]
+        items = _part([one.as_json() for one in page.items])
         return {
             "entry": {"name": entry, "volume": where},
-            "items": [one.as_json() for one in page.items],
-            "more": page.more,
+            "items": items,
+            "more": page.more or len(items) < len(page.items),
         }
 
     async def _restore(self, volume: str | None, args: Facts) -> Facts:
@@ -222,13 +311,70 @@ class CopyAnswers:
         done = (await there.quarantine(where, call))[where]
         return {
             "ok": not done.refused_count, "files": done.files, "emptied": done.emptied,
-            "beside": [[shown(old), shown(new)] for old, new in done.beside],
+            "beside": _part([[shown(old), shown(new)] for old, new in done.beside]),
             "refused_count": done.refused_count,
-            "refused": [
+            "refused": _part([
                 {"name": shown(one.name), "why": one.why}
                 for one in done.refused
-            ],
+            ]),
         }  # fmt: skip
+
+
+def _part(things: Sequence[_T], start: int = 0) -> list[_T]:
+    """So many of them as one answer carries; at least one, where there is one."""
+    found: list[_T] = []
+    size = 0
+    for one in things[start:]:
+        size += len(json.dumps(one))
+        if found and size > PART_BYTES:
+            break
+        found.append(one)
+    return found
+
+
+def _parts(things: Sequence[_T]) -> Iterator[list[_T]]:
+    """All of them, so many at a time; once nothing, where there is nothing."""
+    start = 0
+    while True:
+        part = _part(things, start)
+        yield part
+        start += len(part)
+        if start >= len(things):
+            return
+
+
+def _unread(volume: str, why: str) -> Facts:
+    return {"volume": volume, "entries": 0, "bytes": 0, "over": "", "trouble": why}
+
+
+def _some(bad: list[Facts]) -> str:
+    """What is the matter with volumes, in one sentence that stays short."""
+    words = "; ".join(f"{one['name']}: {one['why']}" for one in bad[:_SAID])
+    return words + (f"; and {len(bad) - _SAID} more volumes" if len(bad) > _SAID else "")
+
+
+def _is_calm(one: Facts) -> bool:
+    """Nobody has to look at this volume."""
+    sync = one["sync"]
+    paired = one["paired"] in ("paired", "new", "unknown")
+    return paired and sync["plan"] is None and sync["state"] not in ("held", "failed", "refused")
+
+
+def _number(args: Facts, key: str) -> int:
+    value = args.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CommandError(f"{key} is {value!r:.40}: a number from 0 on is expected")
+    return value
+
+
+def _after(args: Facts) -> tuple[str, str]:
+    """Volume and entry behind which a list goes on."""
+    value = args.get("after")
+    if value is None:
+        return "", ""
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(v, str) for v in value):
+        raise CommandError("after is not what an answer gave as next")
+    return value[0], value[1]
 
 
 def _flag(args: Facts, key: str) -> bool:

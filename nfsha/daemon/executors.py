@@ -78,6 +78,10 @@ class Executors:
                 self._lock(numbered.number, action)
             case model.StopReceivers():
                 self._start(numbered, self._stop_receivers())
+            case model.MountVolumes():
+                self._start(numbered, self._world.volumes.mount(action.epoch))
+            case model.UnmountVolumes():
+                self._start(numbered, self._world.volumes.unmount(action.epoch))
             case model.TakeToken() | model.DropToken() | model.PublishRecord() | model.Fence():
                 raise AssertionError(f"{type(action).__name__} without a token or fence agent")
 

@@ -14,6 +14,7 @@ from nfsha.daemon.shell import Shell
 from nfsha.daemon.world import World
 from nfsha.host import mishap
 from nfsha.host.control import ControlError
+from nfsha.host.hooks import HookError
 from nfsha.host.journal import JournalError
 from nfsha.host.scheduling import Scheduling, apply_scheduling
 from nfsha.host.systemd import Systemd
@@ -50,6 +51,7 @@ def run(settings: Settings) -> int:
     except (
         ControlError,
         FirewallError,
+        HookError,
         JournalError,
         KeyFileError,
         LinkSetupError,

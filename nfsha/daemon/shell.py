@@ -62,6 +62,7 @@ class Shell:
             )
         )
         self.world.may_serve = self._may_serve
+        self.world.serving = self._serving
         if remembered.corrupt:
             log.error("the journal is corrupt: %s", remembered.corrupt)
         self._listen_for_signals()
@@ -73,6 +74,7 @@ class Shell:
             wait_ms = self.engine.wake_at_ms() - clock_ms()
             await self.inbox.wait(wait_ms / 1000)
             self._turn(self.engine)
+        await self.world.volumes.end()  # a hook that outlived the time for a stop
         await self._executors.settle()
         return self._left
 
@@ -94,6 +96,9 @@ class Shell:
         state = self.engine.state
         fresh = now_ms - state.last_turn_ms <= state.config.timings.hold_ms
         return state.serving and fresh and now_ms < lease.serve_deadline_ms(state, now_ms)
+
+    def _serving(self) -> bool:
+        return self.engine is not None and self.engine.state.serving
 
     def _leave(self, reason: str) -> None:
         self._left = reason
@@ -157,9 +162,10 @@ class Shell:
         kind = CommandKind.RESTART if restart else CommandKind.STOP
         reply = await self.command(kind)
         log.info("%s: %s", reply.row, reply.why)
-        await asyncio.sleep(LEAVE_WITHIN_S)
+        within_s = LEAVE_WITHIN_S + self.world.volumes.unmount_within_s
+        await asyncio.sleep(within_s)
         if not self._left:
-            log.error("the engine did not come to an end within %.0f s", LEAVE_WITHIN_S)
+            log.error("the engine did not come to an end within %.0f s", within_s)
             self._leave("ended by force")
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ from nfsha.core import model
 from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.replication import Replication
+from nfsha.daemon.volumes import HookedVolumes
 from nfsha.host.clock import boot_id, now_ms
 from nfsha.host.events import EventLog
 from nfsha.host.journal import JournalCorruptError, JournalFile, decode_journal
@@ -87,6 +88,9 @@ class World:
         )
         self.may_serve: Callable[[], bool] = lambda: False
         """Does this node hold evidence at this moment? The shell knows; set by it."""
+        self.serving: Callable[[], bool] = lambda: False
+        """Does this node serve, by the last turn? Set by the shell."""
+        self.volumes = HookedVolumes(settings)
         self.witness = Witness(
             settings.interface,
             settings.witness.hosts,
@@ -96,7 +100,7 @@ class World:
             neighbour_window_ms=settings.timing.hold_ms // 3,
         )
         self.replication = Replication(settings, ring, wire, self.links, inbox, self.clock_ms)
-        self.health = _service_health(settings)
+        self.health = _service_health(settings, self._wants_mounts)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
         self._newest = (0, 0)
@@ -120,6 +124,7 @@ class World:
             service_lease=self.settings.firewall.service_lease,
             replication=self.settings.replication == RSYNC,
             start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
+            hook_timeout_ms=self.settings.hooks.timeout_ms if self.settings.hooks.given else None,
         )
 
     def others(self) -> Sequence[IPAddress]:
@@ -143,6 +148,7 @@ class World:
 
         Raises FirewallError, VipError, LinkSetupError and the like: one clear sentence each.
         """
+        self.volumes.start()
         self.events.start()
         self._chosen = await freeze.choose(
             Firewall(self.settings.firewall.backend), self._guarded(), self.clock_ms
@@ -186,6 +192,7 @@ class World:
                 await task
         self._unwatch_firewall()
         await self.replication.close()
+        await self.volumes.close()
         self.links.close()
         self.witness.close()
         self.announcer.close()
@@ -196,6 +203,10 @@ class World:
         self.events.close()
 
     # ------------------------------------------------------------- what drivers tell
+
+    def _wants_mounts(self) -> bool:
+        """Volumes that hooks mount are there only while this node serves."""
+        return not self.settings.hooks.given or self.serving()
 
     def _may_announce(self) -> bool:
         return self.may_serve()
@@ -287,7 +298,7 @@ def _link_spec(link: Link) -> LinkSpec:
     return LinkSpec(link.name, str(link.local), str(link.peer), link.port, link.interface)
 
 
-def _service_health(settings: Settings) -> ServiceHealth:
+def _service_health(settings: Settings, wants_mounts: Callable[[], bool]) -> ServiceHealth:
     nfs = settings.nfs
     return ServiceHealth(
         Service(
@@ -300,4 +311,5 @@ def _service_health(settings: Settings) -> ServiceHealth:
         refuse_version4=nfs.version4 == "refuse",
         every_ms=nfs.check_every_ms,
         timeout_ms=nfs.check_timeout_ms,
+        wants_mounts=wants_mounts,
     )

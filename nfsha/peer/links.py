@@ -18,7 +18,7 @@ from ipaddress import IPv6Address, ip_address
 
 from nfsha.core.model import Datagram
 from nfsha.peer.limited_log import LimitedLog
-from nfsha.peer.wire import Page, Refusal, Refused, is_page
+from nfsha.peer.wire import Page, PageKind, Refusal, Refused, page_kind
 
 DRAIN_LIMIT = 64
 """Most datagrams taken from one link at a time: six seconds of a peer, 0.5 ms of forgeries."""
@@ -114,14 +114,19 @@ class Links:
         self._seal = seal
         self._links = [_Link(spec, open, deliver, clock_ms, log) for spec in links]
 
-    def route_pages(self, unseal: Callable[[bytes], Page], deliver: Callable[[Page], None]) -> None:
-        """Takes pages too from now on; before, they are refused as malformed.
+    def route_pages(
+        self,
+        unseal: Callable[[bytes], Page],
+        deliver: Callable[[Page], None],
+        kind: PageKind = PageKind.FACTS,
+    ) -> None:
+        """Takes pages of this kind too from now on; before, they are refused as malformed.
 
         `unseal` refuses by raising `Refused`. `deliver(page)` is called for each page of the peer,
         from the loop or from `drain`, on each link that it came over.
         """
         for link in self._links:
-            link.page_route = _PageRoute(unseal, deliver)
+            link.page_routes[kind] = _PageRoute(unseal, deliver)
 
     async def start(self) -> None:
         """Opens all sockets. An interface or address that is not there yet is waited for.
@@ -177,7 +182,7 @@ class _Link:
     ) -> None:
         self.spec = spec
         self.counters = LinkCounters()
-        self.page_route: _PageRoute | None = None
+        self.page_routes: dict[PageKind | None, _PageRoute] = {}
         self._unseal = unseal
         self._deliver = deliver
         self._clock_ms = clock_ms
@@ -243,10 +248,10 @@ class _Link:
             self._log.warning(f"link {self.spec.name}, stranger", text)
             return
         try:
-            if self.page_route is not None and is_page(sealed):
-                page = self.page_route.unseal(sealed)
+            if (route := self.page_routes.get(page_kind(sealed))) is not None:
+                page = route.unseal(sealed)
                 self.counters.pages_received += 1
-                self.page_route.deliver(page)
+                route.deliver(page)
                 return
             datagram = self._unseal(sealed)
         except Refused as refused:

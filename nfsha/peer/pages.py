@@ -155,6 +155,14 @@ class Pages:
         return self._held == self._announced != NO_DIGEST
 
     @property
+    def heard_ms(self) -> int:
+        """When the peer last said what its facts are, by our clock; it stays when it falls silent.
+
+        0 before the first time.
+        """
+        return self._heard_ms
+
+    @property
     def delivered(self) -> bool:
         """Has the peer's present session said that it holds what was published last?"""
         self._look_at_sessions()

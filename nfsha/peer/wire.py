@@ -15,8 +15,9 @@ The envelope and the seal stay the same in all versions. So the seal is checked 
 version" is the word of the real peer, not of somebody who flipped a bit. A given state has exactly
 one encoding: what is absent is all zeros, and unknown bits are refused.
 
-The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page. An nfsha that knows
-no pages takes such a byte for an unknown role, and refuses it.
+The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page of facts, 2 for a
+page of client connections. An nfsha that does not know a kind takes such a byte for an unknown
+role, and refuses it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import hmac
 import struct
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import TypeVar
 
 from nfsha.core.model import MAX_PENDING, Datagram, Echo, Epoch, Phase, PromiseState, Role
@@ -68,8 +69,7 @@ _ECHO = struct.Struct("!QQ")
 _PAGE_HEAD = struct.Struct(f"!QQQ {DIGEST_BYTES}s{DIGEST_BYTES}s HH")
 
 _HEARTBEAT_KIND = 0 << 4
-_PAGE_KIND = 1 << 4
-_KIND_MASK = 0xF0
+_KIND_SHIFT = 4
 _KIND_OFFSET = 5
 
 # Codes on the wire: a place in these tuples, counted from 0. Append only, never sort or reuse.
@@ -114,6 +114,16 @@ _KNOWN_FLAGS = (1 << 14) - 1
 
 _NO_ECHO = (0, 0)
 _NO_EPOCH = (0, bytes(8), 0)
+
+
+class PageKind(IntEnum):
+    """What the facts are about that a page belongs to; each kind is counted on its own."""
+
+    FACTS = 1
+    CLIENTS = 2
+
+
+_PAGE_KINDS = {int(kind): kind for kind in PageKind}
 
 
 class Refusal(StrEnum):
@@ -215,13 +225,13 @@ class Wire:
         role, payload = self._unseal(_HEARTBEAT_KIND, sealed)
         return decode(role, payload)
 
-    def seal_page(self, page: Page) -> bytes:
+    def seal_page(self, page: Page, kind: PageKind = PageKind.FACTS) -> bytes:
         """Encodes and seals a page of this node. Raises ValueError for what is no page."""
-        return self._seal(_PAGE_KIND, encode_page(page))
+        return self._seal(kind << _KIND_SHIFT, encode_page(page))
 
-    def open_page(self, sealed: bytes) -> Page:
+    def open_page(self, sealed: bytes, kind: PageKind = PageKind.FACTS) -> Page:
         """Checks the seal and decodes. Raises one of the `Refused`, and nothing else."""
-        _, payload = self._unseal(_PAGE_KIND, sealed)
+        _, payload = self._unseal(kind << _KIND_SHIFT, sealed)
         return decode_page(payload)
 
     def _seal(self, kind: int, payload: bytes) -> bytes:
@@ -253,9 +263,11 @@ class Wire:
         return role, sealed[_ENVELOPE.size : -_SEAL_BYTES]
 
 
-def is_page(sealed: bytes) -> bool:
-    """Does it say that it is a page? Unproved before its seal is checked; any bytes will do."""
-    return len(sealed) > _KIND_OFFSET and sealed[_KIND_OFFSET] & _KIND_MASK == _PAGE_KIND
+def page_kind(sealed: bytes) -> PageKind | None:
+    """What kind of page it says it is, if one: unproved before its seal is checked."""
+    if len(sealed) <= _KIND_OFFSET:
+        return None
+    return _PAGE_KINDS.get(sealed[_KIND_OFFSET] >> _KIND_SHIFT)
 
 
 def encode_page(page: Page) -> bytes:

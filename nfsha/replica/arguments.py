@@ -17,6 +17,10 @@ __all__ = ["Course", "From", "Token", "fetch", "folder_list"]
 
 CONTROL_MODULE: Final = "nfsha"
 FETCH_TIMEOUT_S: Final = 10
+SOCKET_OPTIONS: Final = "TCP_NODELAY"
+"""Both sides answer each other in small pieces: without it they wait 40 ms three times in a session
+for acknowledgements that are delayed (170 ms in all instead of 40, seen with a list of 2 files)."""
+
 INCOMING_NAME: Final = b".nfsha-incoming"
 """In the root while a copy runs: the files that are being received, never visible elsewhere."""
 
@@ -150,7 +154,8 @@ class Course:
 
 def _session(source: From, timeout_s: int, connect_timeout_s: int) -> tuple[str, ...]:
     bind = () if source.bind is None else (f"--address={source.bind}",)
-    return (f"--timeout={timeout_s}", f"--contimeout={connect_timeout_s}", *bind)
+    wait = (f"--timeout={timeout_s}", f"--contimeout={connect_timeout_s}")
+    return (*wait, f"--sockopts={SOCKET_OPTIONS}", *bind)
 
 
 # The root by its name would come with its contents. But rsync sends the folders on the way to a

@@ -94,6 +94,8 @@ def look_at(base: int, name: bytes) -> os.stat_result | None:
 
 def batches(folder: int, size: int = BATCH) -> Iterator[list[os.DirEntry[str]]]:
     """The entries of an open folder, `size` at a time; those seen may be removed meanwhile."""
+    # What came since it was opened is told only after a rewind (readdir(3p)); btrfs means it.
+    os.lseek(folder, 0, os.SEEK_SET)
     with os.scandir(folder) as entries:
         while batch := list(islice(entries, size)):
             yield batch

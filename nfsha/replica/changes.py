@@ -418,17 +418,33 @@ def _why_no_group(error: OSError) -> str:
     if error.errno == errno.ENOSYS:
         return "this kernel has no fanotify, or a seccomp filter forbids it"
     if error.errno == errno.EMFILE:
-        return "too many files or fanotify groups are open (see fs.fanotify.max_user_groups)"
+        return _too_many_groups()
     return f"fanotify_init failed: {_words(error)}"
+
+
+def _too_many_groups() -> str:
+    """EMFILE has two meanings, see fanotify_init(2): only one of them also forbids a pipe."""
+    try:
+        for fd in os.pipe():
+            os.close(fd)
+        limit = fanotify.groups_max()
+    except OSError as error:
+        return f"too many files are open ({_words(error)})"
+    return (
+        f"all {limit} change watches that one user may have are in use: raise the sysctl "
+        f"fs.fanotify.max_user_groups, one for each volume and some more"
+    )
 
 
 def _why_no_mark(error: OSError) -> str:
     if error.errno == errno.EPERM:
         return "CAP_SYS_ADMIN is missing"
-    if error.errno in (errno.ENODEV, errno.EOPNOTSUPP, errno.EXDEV):
-        return "its filesystem has no file handles of its own (an overlay, FUSE, a subvolume)"
+    if error.errno == errno.EXDEV:
+        return "it is a btrfs subvolume, of which the kernel tells no changes"
+    if error.errno in (errno.ENODEV, errno.EOPNOTSUPP):
+        return "its filesystem has no file handles of its own (an overlay, FUSE)"
     if error.errno == errno.ENOSPC:
-        return "there are too many fanotify marks (see fs.fanotify.max_user_marks)"
+        return "too many change watches are in use: raise the sysctl fs.fanotify.max_user_marks"
     return f"fanotify_mark failed: {_words(error)}"
 
 

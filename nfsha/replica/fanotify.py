@@ -61,6 +61,7 @@ _INFO_HANDLE = 12
 _INFO_BYTES = 20
 _HANDLE_HEADER = struct.Struct("=Ii")
 
+_GROUPS_MAX = Path("/proc/sys/fs/fanotify/max_user_groups")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fanotify_init.argtypes = [ctypes.c_uint, ctypes.c_uint]
 _libc.fanotify_mark.argtypes = [
@@ -117,6 +118,11 @@ def open_group(*, unlimited: bool) -> Group:
         if error.errno != errno.EINVAL:
             raise
     return Group(_init(flags), tells_targets=False)
+
+
+def groups_max() -> int:
+    """How many groups one user may have, 128 by default. OSError without /proc."""
+    return int(_GROUPS_MAX.read_text(encoding="ascii"))
 
 
 def _init(flags: int) -> int:

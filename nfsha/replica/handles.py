@@ -76,7 +76,11 @@ class Tree:
 
     @contextlib.contextmanager
     def opened(self, handle: bytes, flags: int = os.O_PATH) -> Iterator[int | None]:
-        """What a handle names, open; None when it is gone."""
+        """What a handle names, open; None when it is gone, or not of this volume.
+
+        Events tell of a whole filesystem; what is in a btrfs subvolume below the root is no data of
+        this volume (its inode numbers say nothing here, and rsync stays out of it).
+        """
         try:
             fd = fanotify.open_handle(self._fd, handle, flags)
         except OSError as error:
@@ -85,7 +89,7 @@ class Tree:
             yield None
             return
         try:
-            yield fd
+            yield fd if os.fstat(fd).st_dev == self._device else None
         finally:
             os.close(fd)
 

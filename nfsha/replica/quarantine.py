@@ -71,7 +71,7 @@ class QuarantineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The entries, the oldest first; `more` when there are more than `MAX_ENTRIES`."""
+    """Entries, the oldest first; `more` when there are more than were asked for."""
 
     entries: tuple[Entry, ...]
     more: bool = False
@@ -187,15 +187,25 @@ class Quarantine:
             beneath.sync_filesystem(tree)
         return Kept(tuple(kept), tuple(refused))
 
-    def list(self) -> Listing:
-        """All entries, the oldest first, those without a sound record too."""
+    def list(self, *, after: str = "", limit: int = MAX_ENTRIES) -> Listing:
+        """The first `limit` entries behind the one named `after`, oldest first.
+
+        Those without a sound record too.
+        """
         with _in_words("cannot list the quarantine"), self._store(make=False) as store:
             if store is None:
                 return Listing(())
-            names = sorted(_entry_names(store))
-            found = (_read_entry(store, name) for name in names[:MAX_ENTRIES])
-            return Listing(
-                tuple(entry for entry in found if entry is not None), len(names) > MAX_ENTRIES
+            names = sorted(name for name in _entry_names(store) if name > after)
+            found = (_read_entry(store, name) for name in names[:limit])
+            return Listing(tuple(entry for entry in found if entry is not None), len(names) > limit)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is an entry of this name."""
+        with _in_words(f"cannot look for {name[:80]!r}"), self._store(make=False) as store:
+            return (
+                store is not None
+                and NAME.fullmatch(name) is not None
+                and beneath.look_at(store, name.encode()) is not None
             )
 
     def show(self, name: str, *, after: bytes | None = None, limit: int = 1000) -> Page:

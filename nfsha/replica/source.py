@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Final
 
 from nfsha.core.model import Epoch
+from nfsha.replica.arguments import SOCKET_OPTIONS
 from nfsha.replica.child import Child, ChildError, ChildStuckError, Priority
 from nfsha.replica.doorkeeper import admit_only
 from nfsha.replica.durable import read_small, write_durably
@@ -449,6 +450,7 @@ class Source:
             b"hosts deny = *",
             b"reverse lookup = no",
             b"forward lookup = no",
+            f"socket options = {SOCKET_OPTIONS}".encode(),
             f"max connections = {self._max_connections}".encode(),
             f"timeout = {_IDLE_S}".encode(),
             b"use chroot = yes",

@@ -19,10 +19,12 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica import subvolumes
 from nfsha.replica.durable import read_small_at, temporary_name, write_durably_at
 from nfsha.replica.mountinfo import (
     MOUNTINFO,
@@ -288,6 +290,7 @@ def _look_inside(place: Place) -> VolumeFacts:
         numbers = os.fstatvfs(fd)
         identity, stamp, garbage = _own_files(fd)
         empty = not _holds_data(fd, place)
+        within = _subvolumes(fd) if place.mount.fstype == "btrfs" else ""
     finally:
         os.close(fd)
     return replace(
@@ -302,7 +305,7 @@ def _look_inside(place: Place) -> VolumeFacts:
         identity=identity,
         stamp=stamp,
         empty=empty,
-        refused=place.refused or garbage,
+        refused=place.refused or garbage or within,
     )
 
 
@@ -365,6 +368,17 @@ def _own_files(root_fd: int) -> tuple[str | None, Epoch | None, str]:
         return read_identity(root_fd), read_stamp(root_fd), ""
     except VolumeError as error:
         return None, None, str(error)
+
+
+def _subvolumes(root_fd: int) -> str:
+    """Why a btrfs cannot be copied whole; "" if it can."""
+    found = [repr(name) for name in islice(subvolumes.writable_inside(root_fd), 3)]
+    if not found:
+        return ""
+    return (
+        f"it holds subvolumes, which are not copied with it ({', '.join(found)}): mount each "
+        f"where it is, so that it is a volume of its own, or make it read-only, or move it out"
+    )
 
 
 def _holds_data(root_fd: int, place: Place) -> bool:

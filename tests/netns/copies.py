@@ -23,12 +23,16 @@ class Copies(Pair):
     def __init__(self, lab: Lab, *, sync: str = SYNC, **options: Any) -> None:
         super().__init__(lab, replication="rsync", tables=sync, **options)
 
-    def settle_whole(self) -> None:
-        """Starts both and waits until the primary serves and the standby is a whole replica."""
+    def settle_whole(self, *names: str) -> None:
+        """Starts both and waits until the primary serves and the standby is a whole replica.
+
+        `names` are the volumes that must have been copied; without any, the one of most labs.
+        """
         self.start()
         self.wait_phase("a", "ACTIVE")
         self.wait_phase("b", "PASSIVE", within_s=20)
-        self.wait(lambda: self.mark("b") is not None, "a complete pass")
+        for name in names or ("data",):
+            self.wait(lambda name=name: self.mark("b", name) is not None, "a complete pass")  # type: ignore[misc]
 
     def volumes(self, node: str) -> dict[str, Any]:
         """`nfsha volumes --json` of a node."""
@@ -50,6 +54,12 @@ class Copies(Pair):
         """The last complete pass, as a node knows it."""
         last = self.copy(node, name)["last"]
         return None if last is None else dict(last)
+
+    def pass_began_ns(self, name: str = "data") -> int:
+        """When the last complete pass into the standby began, from its file: at no cost for it."""
+        uuid = (self.here("a", name) / ".nfsha-volume").read_text().split()[0]
+        file = self.lab.folder / "b" / "lib" / "marks" / f"own-{uuid}"
+        return int(json.loads(file.read_bytes())["payload"]["started_ns"])
 
     def sync(self, *argv: str, check: bool = True) -> str:
         """`nfsha sync --wait` on the passive node; its output."""

@@ -130,6 +130,7 @@ Watch = Callable[..., Watched]
 # ---- what local writers do
 
 
+@pytest.mark.parametrize("volume", ["ext4", "xfs", "btrfs"], indirect=True)
 def test_each_kind_of_change_names_its_folders(volume: LoopVolume, watch: Watch) -> None:
     root = volume.path
     (root / "a/b").mkdir(parents=True)
@@ -164,6 +165,7 @@ def test_each_kind_of_change_names_its_folders(volume: LoopVolume, watch: Watch)
     assert watched.walks() == {}
 
 
+@pytest.mark.parametrize("volume", ["ext4", "xfs", "btrfs"], indirect=True)
 def test_odd_names_come_through(volume: LoopVolume, watch: Watch) -> None:
     watched = watch(volume.path)
     names = [b"new\nline", b"\xff\xfe", b"x" * 255, b"gone (deleted)", b" ", b"-rf", b".nfsha-x y"]
@@ -840,6 +842,53 @@ def test_a_folder_without_handles_is_refused_in_words(tmp_path: Path) -> None:
             journal.start()
     finally:
         os.close(root_fd)
+
+
+_TOO_MANY = """
+import os, resource, sys, time
+from pathlib import Path
+from nfsha.replica import fanotify
+from nfsha.replica.changes import ChangeJournal, ChangesError
+
+def why():
+    journal = ChangeJournal(root, root_fd, sys.argv[2], home, lambda: 0, time.time_ns)
+    try:
+        journal.start()
+    except ChangesError as error:
+        return str(error)
+    journal.close()
+    return ""
+
+root, home = Path(sys.argv[1]), Path(sys.argv[3])
+root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+limit = fanotify.groups_max()
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit + 200, limit + 200))
+groups = [fanotify.open_group(unlimited=False) for _ in range(limit - 1)]
+assert why() == ""
+groups.append(fanotify.open_group(unlimited=False))
+print(limit, why())
+os.close(groups.pop().fd)
+try:
+    while True:
+        os.dup(root_fd)
+except OSError:
+    print(limit, why())
+"""
+
+
+def test_more_volumes_than_the_kernel_allows_watches(volume: LoopVolume, tmp_path: Path) -> None:
+    """As another user with root's powers: the kernel counts for each user, and others are here."""
+    caps = "+sys_admin,+dac_override,+dac_read_search"
+    done = run(
+        "setpriv", "--reuid=54321", "--clear-groups", f"--inh-caps={caps}",
+        f"--ambient-caps={caps}", sys.executable, "-c", _TOO_MANY, str(volume.path), UUID,
+        str(tmp_path),
+    )  # fmt: skip
+    groups, files = done.splitlines()
+    limit, _, why = groups.partition(" ")
+    assert f"all {limit} change watches that one user may have are in use" in why
+    assert "fs.fanotify.max_user_groups" in why
+    assert "too many files are open" in files
 
 
 # ---- a copy made by the journal's lists alone equals the volume

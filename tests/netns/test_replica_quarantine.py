@@ -77,6 +77,7 @@ def remove_empty_folders(root: Path) -> None:
             os.utime(Path(folder).parent, ns=(parent.st_atime_ns, parent.st_mtime_ns))
 
 
+@pytest.mark.parametrize("volume", ["ext4", "xfs", "btrfs"], indirect=True)
 def test_everything_odd_goes_in_and_comes_back_equal(volume: LoopVolume) -> None:
     data, reference = volume.path / "data", volume.path / "reference"
     make_odd_tree(data)

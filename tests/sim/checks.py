@@ -166,11 +166,11 @@ class Checks:
 
     def stands_on_journal(self, node: Node, action: model.Action) -> None:
         """I6: who opens a lock is the authority by its disk."""
-        journal = node.disk.journal
-        if journal is None or journal.epoch is None or journal.epoch.authority is not node.role:
+        journal = node.disk.journal or model.Journal()
+        epoch, given = journal.epoch, journal.prepared
+        if epoch is None or epoch.authority is not node.role:
             self.fail("I6", f"{node.role} does {action}, its disk says {journal}")
-        given = journal.prepared
-        if given is not None and given.number > journal.epoch.number:
+        elif given is not None and given.number > epoch.number:
             self.fail("I7", f"{node.role} does {action}, and gave its authority away to {given}")
         if node.volumes.frozen and isinstance(action, model.OpenService):
             self.fail("freeze", f"{node.role} serves frozen volumes")
@@ -211,6 +211,11 @@ class Checks:
             self.fail("I7", f"{node.role} commits without the acknowledged writes {missing[:5]}")
         if node.volumes.receiving is not None or node.volumes.tainted:
             self.fail("I3", f"{node.role} commits while it receives, or tainted")
+
+    def serves_volumes(self, node: Node) -> None:
+        """What clients write goes to the volumes, not into the folders that they are mounted on."""
+        if self._world.config.hooks and not node.block.mounted:
+            self.fail("volumes", f"{node.role} accepts clients, and nothing is mounted there")
 
     # ------------------------------------------------------------- I10
 

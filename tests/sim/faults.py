@@ -718,5 +718,9 @@ MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "freeze-failed",
     "thaw-failed",
     *HANDOVER_ROWS.values(),
+    "hook-failed",
+    "hook-killed",
+    "hook-slow",
+    "mount-refused",
 }
 """Every fault that such a run must have seen."""

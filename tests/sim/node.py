@@ -29,6 +29,7 @@ from nfsha.core.model import (
     Role,
 )
 from tests.sim.arbiters import Broker, Connection
+from tests.sim.block import TIMEOUT_MS, Block
 from tests.sim.disk import Disk
 from tests.sim.kernel import AddressDriver, Kernel, ServiceDriver
 from tests.sim.replica import Volumes
@@ -75,6 +76,7 @@ class Node:
         self.engine: Engine | None = None
         self.disk = Disk(self)
         self.volumes = Volumes(self)
+        self.block = Block(self)
         self.kernel = Kernel(self)
         self.address = AddressDriver(self)
         self.service = ServiceDriver(self, has_lease=world.config.service_lease)
@@ -166,6 +168,7 @@ class Node:
         self.volumes.frozen = False
         self.powered = self.frozen = False
         self._end_daemon()
+        self.block.power_lost()
         self.locks_changed()
         self.world.power_lost(self)
 
@@ -223,6 +226,7 @@ class Node:
             service_lease=config.service_lease,
             start_alone_after_ms=config.start_alone_after_ms,
             replication=config.replication,
+            hook_timeout_ms=TIMEOUT_MS if config.hooks else None,
         )
         held = self.kernel.address_held()
         self.address = AddressDriver(self)
@@ -291,6 +295,7 @@ class Node:
         self.stopped = False
         self._inbox = []
         self.volumes.daemon_ended()
+        self.block.daemon_ended()
         self._turn_at_us = None
         self._calls.clear()
         self._calling = False
@@ -417,10 +422,10 @@ class Node:
                 self._do_token(numbered.number, action)
             case model.Fence():
                 world.fence.off(self, numbered.number)
-            case model.StopReceivers():
-                self.volumes.stop_receivers(numbered.number)
-            case model.Thaw():
-                self.volumes.thaw(numbered.number)
+            case model.StopReceivers() | model.Thaw():
+                self._do_volumes(numbered.number, action)
+            case model.MountVolumes() | model.UnmountVolumes():
+                self.block.start(numbered.number, action)
             case model.Announce():
                 other = world.nodes[self.role.other]
                 if (0, self.role) not in world.network.cut:
@@ -431,6 +436,12 @@ class Node:
                 self.exits = reason
             case _:
                 raise TypeError(f"no executor for {action}")
+
+    def _do_volumes(self, number: int, action: model.StopReceivers | model.Thaw) -> None:
+        if isinstance(action, model.Thaw):
+            self.volumes.thaw(number)
+        else:
+            self.volumes.stop_receivers(number)
 
     def _do_token(
         self, number: int, action: model.TakeToken | model.DropToken | model.PublishRecord
@@ -588,6 +599,7 @@ class Node:
         else:
             # ExecStopPost of a final stop.
             self.kernel.lose_power()
+            self.block.final_stop()
             self.locks_changed()
             self.world.stopped_finally(self)
 
@@ -612,6 +624,7 @@ class Node:
             if was_from_us is None:
                 world.note(f"{self.role} accepts clients")
             world.checks.one_accepts(self)
+            world.checks.serves_volumes(self)
         elif was_from_us is not None:
             world.accepted(self, was_from_us, now_us)
             world.note(f"{self.role} accepts clients no more")

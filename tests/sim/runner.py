@@ -64,7 +64,9 @@ def make_world(seed: int) -> World:
     rates = (0, 0)
     if chance.random() < 0.6:
         rates = (chance.randrange(-10_000, 10_001), chance.randrange(-10_000, 10_001))
-    config = WorldConfig(exclusivity, timings, service_lease, replication=chance.random() < 0.5)
+    replication = chance.random() < 0.5
+    hooks = not replication and chance.random() < 0.5
+    config = WorldConfig(exclusivity, timings, service_lease, replication=replication, hooks=hooks)
     return World(seed, config, rates=rates)
 
 
@@ -198,7 +200,8 @@ def trace(world: World, outcome: Outcome) -> str:
         f"seed {outcome.seed}: {config.exclusivity}, "
         f"{timings.interval_ms}/{timings.hold_ms}/{timings.takeover_after_ms} ms, "
         f"{'service lease' if config.service_lease else 'no service lease'}, "
-        f"{'replication' if config.replication else 'no replication'}, clocks {rates}",
+        f"{'replication' if config.replication else 'no replication'}"
+        f"{', hooks' if config.hooks else ''}, clocks {rates}",
         f"faults: {', '.join(outcome.faults)}",
     ]
     lines += [f"{at_us / SECOND_US:10.4f} {what}" for at_us, what in world.log]

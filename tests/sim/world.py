@@ -14,6 +14,7 @@ from typing import Any
 
 from nfsha.core.model import CommandKind, Exclusivity, Fired, Phase, Role, Timings
 from tests.sim.arbiters import Broker, FenceAgent
+from tests.sim.block import HOOK_MOST_MS
 from tests.sim.checks import Checks
 from tests.sim.network import Network
 from tests.sim.node import PERCENT_PPM, Node
@@ -49,6 +50,8 @@ class WorldConfig:
     service_lease: bool = True
     start_alone_after_ms: int | None = None
     replication: bool = False
+    hooks: bool = False
+    """Somebody else replicates the blocks; hooks mount them."""
 
     @property
     def has_token(self) -> bool:
@@ -239,6 +242,8 @@ class World:
         slack_ms = 100 + timings.takeover_after_ms // 50
         if self.config.replication:
             slack_ms += RECEIVERS_GONE_MS
+        if self.config.hooks:
+            slack_ms += HOOK_MOST_MS
         bound_ms = timings.takeover_after_ms + slack_ms
         if self.config.has_token:
             return bound_ms + timings.hold_ms + timings.margin_ms
@@ -262,6 +267,7 @@ class World:
             and not state.durable.promise
             and not state.stopping
             and state.withhold_since_ms is None
+            and (not self.config.hooks or state.volumes_mounted is False)
             and state.report is not None
             and state.report.serving
             and state.report.absence_ms == 0

@@ -108,6 +108,8 @@ def test_five_lines_are_enough() -> None:
     assert settings.replication == config.RSYNC
     assert settings.sync == SYNC
     assert settings.sync_link.name == "link2"
+    assert settings.hooks == config.Hooks(None, None, 30_000)
+    assert not settings.hooks.given
 
 
 def test_every_key_reaches_its_setting() -> None:
@@ -155,6 +157,10 @@ backend = "iptables"
 rpcbind = 112
 statd = 113
 lockd = 114
+[hooks]
+mount = "/etc/nfsha/mount"
+unmount = "/etc/nfsha/unmount"
+timeout = "2m"
 [takeover]
 start_alone_after = "10m"
 accept = ["single-link-witness"]
@@ -210,6 +216,7 @@ key = "/c"
         ),
         replication="off",
         sync=SYNC,
+        hooks=config.Hooks(Path("/etc/nfsha/mount"), Path("/etc/nfsha/unmount"), 120_000),
         takeover=config.Takeover(600_000, ("single-link-witness",)),
         scheduling=config.Scheduling(realtime=False, lock_memory=False),
         log=config.Log("debug"),
@@ -430,6 +437,7 @@ def test_there_are_invalid_configurations_for_every_relation() -> None:
         "firewall.ports.nfs (2049)",
         "firewall.ports.statd (20049)",
         "under nfs.root",
+        "hooks.unmount: is missing",
         "half of sync.every",
         "beside sync.every",
         "one of links: ",
@@ -439,7 +447,7 @@ def test_there_are_invalid_configurations_for_every_relation() -> None:
         "sync.volumes[1].path",
     ):
         assert words in messages
-    assert len(RELATIONS) == 15
+    assert len(RELATIONS) == 16
 
 
 def test_relations_of_a_broken_key_are_left_out() -> None:

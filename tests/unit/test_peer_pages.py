@@ -34,9 +34,10 @@ from nfsha.peer.wire import (
     Malformed,
     OwnRole,
     Page,
+    PageKind,
     Refused,
     Wire,
-    is_page,
+    page_kind,
 )
 
 OURS = Key(bytes(range(32)))
@@ -82,7 +83,7 @@ def pages(draw: st.DrawFn) -> Page:
 def test_every_page_comes_back_as_it_was(page: Page) -> None:
     sealed = primary.seal_page(page)
     assert len(sealed) <= MAX_BYTES
-    assert is_page(sealed)
+    assert page_kind(sealed) is PageKind.FACTS
     assert standby.open_page(sealed) == page
 
 
@@ -106,9 +107,19 @@ def test_neither_kind_is_taken_for_the_other() -> None:
         standby.open(primary.seal_page(LAST))
     heartbeat = bytes.fromhex("6e6673680200630dcd29") + bytes(74)
     heartbeat += hmac.new(OURS.secret, heartbeat, hashlib.sha256).digest()
-    assert not is_page(heartbeat)
+    assert page_kind(heartbeat) is None
     with pytest.raises(Malformed, match="unknown role"):
         standby.open_page(heartbeat)
+
+
+def test_pages_of_clients_are_their_own_kind() -> None:
+    sealed = primary.seal_page(LAST, PageKind.CLIENTS)
+    assert page_kind(sealed) is PageKind.CLIENTS
+    assert standby.open_page(sealed, PageKind.CLIENTS) == LAST
+    with pytest.raises(Malformed, match="unknown role"):
+        standby.open_page(sealed)
+    with pytest.raises(Malformed, match="unknown role"):
+        standby.open_page(primary.seal_page(LAST), PageKind.CLIENTS)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,7 @@ def test_a_page_with_some_bytes_changed_is_refused_or_canonical(
 
 @given(st.binary(max_size=MAX_BYTES + 100))
 def test_random_bytes_are_no_page(noise: bytes) -> None:
-    is_page(noise)
+    page_kind(noise)
     with pytest.raises(Refused):
         standby.open_page(noise)
 

@@ -212,7 +212,8 @@ def test_a_group_that_cannot_be_opened_is_said_in_words(
     ("failing", "number", "words"),
     [
         ("mark_filesystem", errno.EPERM, "CAP_SYS_ADMIN"),
-        ("mark_filesystem", errno.EXDEV, "overlay"),
+        ("mark_filesystem", errno.EOPNOTSUPP, "overlay"),
+        ("mark_filesystem", errno.EXDEV, "subvolume"),
         ("mark_filesystem", errno.ENOSPC, "max_user_marks"),
         ("handle_of", errno.EOPNOTSUPP, "file handle"),
         ("open_handle", errno.EPERM, "CAP_DAC_READ_SEARCH"),

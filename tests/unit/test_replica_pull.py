@@ -51,7 +51,8 @@ def test_what_no_line_may_have_and_what_each_has(list_path: str | None) -> None:
             assert never not in words
         for always in ("--numeric-ids", " -x ", "--modify-window=-1", "--exclude=/.nfsha-volume",
                        "--exclude=/.nfsha-stamp", "--exclude=/.nfsha-quarantine", "--timeout=60",
-                       "--contimeout=5", "--partial-dir=.nfsha-partial"):  # fmt: skip
+                       "--contimeout=5", "--sockopts=TCP_NODELAY",
+                       "--partial-dir=.nfsha-partial"):  # fmt: skip
             assert always in words
         assert "secret" not in words
         assert line[-2:] == ["rsync://nfsha-1-aa@192.0.2.1:873/v-1/", "/proc/self/fd/9/"]

@@ -1,0 +1,105 @@
+"""When real daemons copy: each volume by its own plan, by the clock, never two passes for one."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from tests.netns.copies import SYNC, Copies
+from tests.netns.lab import Lab
+
+pytestmark = pytest.mark.timeout(90)
+
+HOUR_MS = 3_600_000
+
+
+def test_each_volume_has_its_own_interval_and_its_own_window_at_a_takeover(
+    make_lab: Callable[..., Lab],
+) -> None:
+    copies = Copies(
+        make_lab(volumes=("rarely", "often")),
+        mounts=("/nfs/rarely", "/nfs/often"),
+        sync='[sync]\nevery = "1h"\njitter = "0s"\n'
+        '[[sync.volumes]]\npath = "/nfs/often"\nevery = "1s"\n',
+    )
+    copies.settle_whole("rarely", "often")
+    for name in ("rarely", "often"):
+        (copies.here("a", name) / "later").write_text("later")
+    copies.wait((copies.here("b", "often") / "later").exists, "the file")
+    time.sleep(1.0)  # many passes of the one, none of the other
+    assert not (copies.here("b", "rarely") / "later").exists()
+    due_ms = copies.copy("b", "rarely")["next_ms"]
+    assert HOUR_MS - 60_000 < due_ms <= HOUR_MS
+    assert copies.copy("b", "often")["next_ms"] <= 1000
+    died_ms = copies.now_ms()
+    rarely_ns = copies.pass_began_ns("rarely")
+    copies.lab.power_cut("a")
+    copies.wait_phase("b", "ACTIVE", since_ms=died_ms)
+    windows = {
+        name: float(line.partition("writes of the last ")[2].split()[0])
+        for line in copies.log("b").splitlines()
+        for name in ("rarely", "often")
+        if f"takeover: volume {name}: writes of the last " in line
+    }
+    assert windows.keys() == {"rarely", "often"}
+    assert windows["rarely"] == pytest.approx((time.time_ns() - rarely_ns) / 1e9, abs=1.5)
+    assert windows["often"] < windows["rarely"] - 1
+
+
+def test_a_cron_line_is_met_by_the_local_clock(lab: Lab) -> None:
+    # In a zone of our own a minute begins in six seconds: nobody waits for a full one.
+    begins_s = int(time.time()) + 6
+    for node in (lab.a, lab.b):
+        (node.path("/etc/nfsha") / "zone").write_bytes(_zone(-begins_s % 60))
+    copies = Copies(
+        lab, sync='[sync]\ncron = "* * * * *"\njitter = "0s"\n', env={"TZ": "/etc/nfsha/zone"}
+    )
+    copies.settle_whole()
+    (copies.here("a") / "later").write_text("later")
+    first_ns = copies.pass_began_ns()
+    assert first_ns < begins_s * 1e9, "settling took longer than this test can wait"
+    assert time.time() + copies.copy()["next_ms"] / 1000 == pytest.approx(begins_s, abs=0.7)
+    assert copies.names("b") == []
+    copies.wait(lambda: copies.pass_began_ns() != first_ns, "the pass of the cron line")
+    assert copies.pass_began_ns() / 1e9 == pytest.approx(begins_s + 0.5, abs=0.5)
+    assert copies.names("b") == ["later"]
+
+
+def _zone(ahead_s: int) -> bytes:
+    """A time zone that is always so many seconds ahead of UTC (tzfile(5), version 1)."""
+    counts = (0, 0, 0, 0, 1, 4)  # of one type of local time, with a name of three letters
+    return (
+        b"TZif"
+        + bytes(16)
+        + struct.pack("!6L", *counts)
+        + struct.pack("!lBB", ahead_s, 0, 0)
+        + b"OWN\0"
+    )
+
+
+def test_a_pass_that_outlasts_its_interval_is_not_made_up_for(
+    make_lab: Callable[..., Lab],
+) -> None:
+    copies = Copies(make_lab(volume_mib=128), sync=SYNC + 'bandwidth = "2MB"\n')
+    copies.settle_whole()
+    began: list[int] = []
+    (copies.here("a") / "big").write_bytes(os.urandom(8 << 20))  # four seconds, so four intervals
+    end_s = time.monotonic() + 60
+    arrived_s = None
+    while arrived_s is None or time.monotonic() < arrived_s + 3:
+        assert time.monotonic() < end_s
+        now_ns = copies.pass_began_ns()
+        if not began or now_ns != began[-1]:
+            began.append(now_ns)
+        if arrived_s is None and (copies.here("b") / "big").exists():
+            arrived_s = time.monotonic()
+        time.sleep(0.02)
+    gaps_s = [(later - one) / 1e9 for one, later in pairwise(began)]
+    long = [gap for gap in gaps_s if gap > 3]
+    assert len(long) == 1, gaps_s
+    assert all(gap > 0.7 for gap in gaps_s), gaps_s
