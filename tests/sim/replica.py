@@ -73,8 +73,8 @@ class Volumes:
         self._looked = False
         self._told = None
         self.frozen = False
-        self._approached: Epoch | None = None
-        self._finishing: Epoch | None = None
+        self._approached = None
+        self._finishing = None
         look_us = self.look_takes_us or self._world.random.randrange(1_000, 400_000)
         self._world.at(look_us, self._look, self._node.life)
 
@@ -113,8 +113,7 @@ class Volumes:
         way = flow(engine.state, self._node.local_ms())
         if isinstance(way, Offer):
             self.stamp, self.tainted = way.epoch, False
-        flows = isinstance(way, Fetch | Approach | Finish)
-        if not flows or way.epoch != self.receiving:
+        if not isinstance(way, Fetch | Approach | Finish) or way.epoch != self.receiving:
             self._kill_soon()
         if isinstance(way, Fetch) and way.proved and self._looked and self.stamp != way.epoch:
             self.stamp, self.tainted = way.epoch, False

@@ -25,7 +25,7 @@ END_US = 62 * SECOND_US
 CALM_US = 5 * SECOND_US
 """So long before the end nothing may change any more."""
 LEAST_FAULTS = 3
-HANDOVERS = 0.8
+HANDOVERS = 0.6
 """The share of seeds in which the service is moved whenever that may be."""
 
 MAY_WAIT_ROWS = frozenset({"I90", "W91", "W97", "R91", "R92", "R93"})
