@@ -12,11 +12,13 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
+from nfsha.nfs import ganesha_conf, knfsd
 from nfsha.nfs.facts import Document, Fields, Objection
+from nfsha.nfs.ganesha_conf import GaneshaConfError
+from nfsha.nfs.v3_fence import FenceFacts, Version4
 
 IPAddress = IPv4Address | IPv6Address
 
-KNFSD_CLIENTS: Final = Path("/proc/fs/nfsd/clients")
 _SHOWN_MAX: Final = 20
 _CLIENTS_MAX: Final = 100_000
 _INFO_MAX_BYTES: Final = 16_384  # a client's name alone may be 1024 bytes, quoted four times that
@@ -39,28 +41,54 @@ class V4Client:
 class V4ClientFacts:
     """Who uses v4 on a node. `clients` are the first twenty of `count`.
 
-    `list_there` False: the kernel's server has no such list here: it does not run (or is older than
-    Linux 5.3), so only the refusal of v4 itself can tell. `trouble` says why a list that is there
-    could not be read.
+    `listed` False: no server here has a list. It is not the kernel's, or that is older than Linux
+    5.3: then only the refusal of v4 can tell. `trouble` says why a list that is there could not be
+    read; `configured`, what would bring v4 back when the server starts next, or why that could not
+    be read.
     """
 
-    list_there: bool
+    listed: bool
     count: int = 0
     clients: tuple[V4Client, ...] = ()
     trouble: str = ""
+    configured: str = ""
 
 
-def read_v4_clients(folder: Path = KNFSD_CLIENTS) -> V4ClientFacts:
-    """Reads the list of the kernel's server; only v4 clients are in it (nfsd(7), client_info_show).
+@dataclass(frozen=True, slots=True)
+class ServerFiles:
+    """Where the servers keep what is read here; the defaults are those of Debian."""
 
-    Raises nothing.
+    knfsd_threads: Path = knfsd.THREADS
+    knfsd_clients: Path = Path("/proc/fs/nfsd/clients")
+    ganesha_conf: Path = ganesha_conf.GANESHA_CONF
+
+
+def read_v4_clients(files: ServerFiles) -> V4ClientFacts:
+    """Reads the list of the kernel's server where that serves, ganesha's configuration elsewhere.
+
+    Raises nothing. It reads files of /proc and /etc only, but many where there are many clients.
     """
+    if knfsd.serves(files.knfsd_threads):
+        return _read_list(files.knfsd_clients)
+    conf = files.ganesha_conf
+    if not conf.exists():
+        return V4ClientFacts(listed=False)
+    try:
+        speaks = ganesha_conf.speaks_v4(ganesha_conf.read(conf))
+    except GaneshaConfError as error:
+        return V4ClientFacts(listed=False, configured=str(error))
+    found = f"{conf} does not say Protocols = 3" if speaks else ""
+    return V4ClientFacts(listed=False, configured=found)
+
+
+def _read_list(folder: Path) -> V4ClientFacts:
+    """Only v4 clients are in it (nfsd(7); fs/nfsd/nfs4state.c, client_info_show)."""
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except FileNotFoundError:
-        return V4ClientFacts(list_there=False)
+        return V4ClientFacts(listed=False)
     except OSError as error:
-        return V4ClientFacts(list_there=True, trouble=f"{folder}: {error.strerror}")
+        return V4ClientFacts(listed=True, trouble=f"{folder}: {error.strerror}")
     clients: list[V4Client] = []
     count = 0
     for name in names[:_CLIENTS_MAX]:
@@ -88,8 +116,25 @@ def parse_info(info: bytes) -> V4Client:
     return V4Client(*(values.get(key, "unknown")[:256] for key in ("address", "name", "status")))
 
 
-def v4_objections(facts: V4ClientFacts) -> tuple[Objection, ...]:
-    """Says why clients must not be moved off this node (the one that serves now)."""
+def v4_objections(facts: V4ClientFacts, fence: FenceFacts) -> tuple[Objection, ...]:
+    """Says why clients must not be moved off this node (the one that serves now).
+
+    `fence` is the same node's. An empty list of the kernel's server is enough; without a list the
+    server must refuse v4, and go on to do so when it starts next.
+    """
+    if facts.listed:
+        return _of_list(facts)
+    if fence.tcp.version4 is not Version4.REFUSED:
+        remedy = "switch v4 off there: this server does not tell whether it has v4 clients"
+        said = f"no list of them, and to version 4 the server said: {fence.tcp.said4}"
+        return (Objection("NFS v4 clients", said, remedy),)
+    if facts.configured:
+        remedy = "say Protocols = 3 there, else v4 is back when the server starts next"
+        return (Objection("NFS v4 in the configuration", facts.configured, remedy),)
+    return ()
+
+
+def _of_list(facts: V4ClientFacts) -> tuple[Objection, ...]:
     what = "NFS v4 clients of the kernel's server"
     if facts.trouble:
         remedy = "without the list nobody knows that there is none: make it readable for root"
@@ -98,7 +143,7 @@ def v4_objections(facts: V4ClientFacts) -> tuple[Objection, ...]:
         return ()
     shown = [f"{one.address} ({one.name}, {one.status})" for one in facts.clients]
     more = facts.count - len(shown)
-    found = ", ".join(shown) + (f" and {more} more" if more else "")
+    found = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
     remedy = (
         "let them unmount and mount again with vers=3; one that is gone for good stays in the list"
         " until `echo expire > /proc/fs/nfsd/clients/N/ctl`, or until the server starts anew"
@@ -176,24 +221,27 @@ def stray_objections(
 def as_json(facts: V4ClientFacts) -> Document:
     """Returns the facts as JSON can carry them, to the other node or to a command."""
     return {
-        "list_there": facts.list_there,
+        "listed": facts.listed,
         "count": facts.count,
         "clients": [
             {"address": one.address, "name": one.name, "status": one.status}
             for one in facts.clients
         ],
         "trouble": facts.trouble,
+        "configured": facts.configured,
     }
 
 
 def from_json(document: object) -> V4ClientFacts:
     """Returns the facts that `as_json` made a document of; FactsError for anything else."""
-    fields = Fields("facts of v4 clients", document, "list_there", "count", "clients", "trouble")
+    names = ("listed", "count", "clients", "trouble", "configured")
+    fields = Fields("facts of v4 clients", document, *names)
     return V4ClientFacts(
-        list_there=fields.flag("list_there"),
+        listed=fields.flag("listed"),
         count=fields.number("count", _CLIENTS_MAX),
         clients=fields.each("clients", _SHOWN_MAX, _client_from_json),
         trouble=fields.text("trouble"),
+        configured=fields.text("configured"),
     )
 
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nfsha.nfs import ganesha_conf, mountd
+from nfsha.nfs import ganesha_conf, knfsd, mountd
 from nfsha.nfs.facts import Document, Fields, Objection
 from nfsha.nfs.ganesha_conf import Block, GaneshaConfError
 from nfsha.nfs.mountd import Listed
 from nfsha.nfs.rpc import RpcConnection
 
-KNFSD_THREADS: Final = Path("/proc/fs/nfsd/threads")
 ETAB: Final = Path("/var/lib/nfs/etab")
 KERNEL, GANESHA, UNKNOWN = "knfsd", "ganesha", "unknown"
 _ETAB_MAX_BYTES: Final = 4 << 20
@@ -97,7 +96,7 @@ class ExportFacts:
 class ServerFiles:
     """Where the servers keep what is read here; the defaults are those of Debian."""
 
-    knfsd_threads: Path = KNFSD_THREADS
+    knfsd_threads: Path = knfsd.THREADS
     etab: Path = ETAB
     ganesha_conf: Path = ganesha_conf.GANESHA_CONF
 
@@ -137,7 +136,7 @@ async def _look(
 
 def _read_files(files: ServerFiles) -> tuple[str, dict[str, Configured], str]:
     """The kind of server, what its files say of each path, and why they could not be read."""
-    if _kernel_serves(files.knfsd_threads):
+    if knfsd.serves(files.knfsd_threads):
         try:
             with files.etab.open("rb") as file:
                 return KERNEL, parse_etab(file.read(_ETAB_MAX_BYTES)), ""
@@ -149,14 +148,6 @@ def _read_files(files: ServerFiles) -> tuple[str, dict[str, Configured], str]:
         return GANESHA, ganesha_exports(ganesha_conf.read(files.ganesha_conf)), ""
     except GaneshaConfError as error:
         return GANESHA, {}, str(error)
-
-
-def _kernel_serves(threads: Path) -> bool:
-    """Whether nfsd has threads (nfsd(7)); without the filesystem it does not run."""
-    try:
-        return int(threads.read_text(encoding="ascii")) > 0
-    except (OSError, ValueError):
-        return False
 
 
 def parse_etab(content: bytes) -> dict[str, Configured]:

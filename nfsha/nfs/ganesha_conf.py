@@ -73,6 +73,14 @@ def parse(text: str) -> Block:
     return whole
 
 
+def speaks_v4(whole: Block) -> bool:
+    """Whether ganesha would speak v4 on its next start (ganesha-core-config(8), Protocols)."""
+    protocols: tuple[str, ...] = ("3", "4", "9P")  # the default
+    for core in whole.all("nfs_core_param"):
+        protocols = core.options.get("protocols", protocols)
+    return any(one.lower() in {"4", "nfs4", "v4", "nfsv4"} for one in protocols)
+
+
 def _set(block: Block, words: list[str]) -> None:
     values = words[2:]
     if len(words) < 3 or words[1] != "=" or any(value in "{}=;" for value in values):

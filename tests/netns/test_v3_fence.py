@@ -20,6 +20,8 @@ from tests.netns.namespaces import inside
 
 PORTS = {"rpcbind": 111, "nfs": 2049, "mountd": 20048, "statd": 20049, "lockd": 20050}
 OUTGOING_PORT = 20051
+TCP = ((100003, 3, "tcp", 2049), (100005, 3, "tcp", 20048))
+UDP = ((100003, 3, "udp", 2049), (100005, 3, "udp", 20048))
 OWN = "10.9.9.1"
 EXPORT = """
 EXPORT { Export_Id = 1; Path = /nfs/volume; Pseudo = /nfs/volume; Access_Type = RW; Squash = none;
@@ -56,6 +58,18 @@ def listed(facts: FenceFacts) -> set[tuple[int, int, str, int]]:
     return {(e.program, e.version, e.transport, e.port) for e in facts.registered or ()}
 
 
+def listening(place: Place, transport: str) -> set[int]:
+    """The ports on which others than this host itself can reach something."""
+    lines = place.run("ss", "-Hln", transport).stdout.splitlines()
+    found = [line.split()[3].rpartition(":") for line in lines]
+    return {int(port) for address, _, port in found if address != "127.0.0.1"}
+
+
+def await_listed(place: Place, *wanted: tuple[int, int, str, int]) -> None:
+    """Waits for entries of rpcbind: ganesha registers a moment after it answers."""
+    _await(lambda: listed(prove(place)) >= set(wanted))
+
+
 def objections(facts: FenceFacts) -> list[str]:
     return [str(one) for one in v3_fence.objections(facts, PORTS)]
 
@@ -75,27 +89,24 @@ def test_what_we_ship_is_v3_only_on_fixed_ports(place: Place, server: NfsServer)
     conf = '%include "/etc/ganesha/nfsha.conf"\n' + EXPORT
     place.path("/etc/ganesha/ganesha.conf").write_text(conf)
     statd = place.spawn(["rpc.statd", "-F", "-d", "-L"], name="statd")
-    _await(lambda: (100024, 1, "udp", 20049) in listed(prove(place)))
+    await_listed(place, (100024, 1, "tcp", 20049), (100024, 1, "udp", 20049))
     ganesha = place.spawn(["ganesha.nfsd", "-F", "-L", place.logs / "ganesha.log"], name="shipped")
     _await(server.answers)
-
+    await_listed(
+        place,
+        (100000, 2, "tcp", 111),
+        (100003, 3, "tcp", 2049),
+        (100005, 3, "tcp", 20048),
+        (100021, 4, "tcp", 20050),
+    )
     by_own, facts = (prove(place, address) for address in (OWN, "127.0.0.1"))
     assert replace(by_own, address="127.0.0.1") == facts
     assert objections(facts) == []
     assert facts.tcp.version4 is Version4.REFUSED
     assert facts.tcp.said4 == "version not supported (the server has 3 to 3)"
     assert facts.udp is None
-    assert listed(facts) >= {
-        (100000, 2, "tcp", 111),
-        (100003, 3, "tcp", 2049),
-        (100005, 3, "tcp", 20048),
-        (100021, 4, "tcp", 20050),
-        (100024, 1, "tcp", 20049),
-        (100024, 1, "udp", 20049),
-    }
-    listening = [line.split()[4] for line in place.run("ss", "-Hltun").stdout.splitlines()]
-    ports = {int(address.rpartition(":")[2]) for address in listening}
-    assert {port for port in ports if port > 1023} == {2049, 20048, 20049, 20050}
+    assert listening(place, "-t") == set(PORTS.values())
+    assert listening(place, "-u") == {PORTS["rpcbind"], PORTS["statd"]}
     assert statd.alive
     assert ganesha.alive
 
@@ -130,6 +141,7 @@ def _sections(dump: str) -> dict[str, dict[str, str]]:
 
 def test_v4_that_is_switched_on_is_told(place: Place, server: NfsServer) -> None:
     server.start("3,4")
+    await_listed(place, (100003, 4, "tcp", 2049), *TCP)
     facts = prove(place)
     assert facts.tcp.version4 is Version4.SPOKEN
     assert [line.partition(";")[0] for line in objections(facts)] == [
@@ -140,10 +152,12 @@ def test_v4_that_is_switched_on_is_told(place: Place, server: NfsServer) -> None
 
 def test_udp_is_proved_as_tcp_is_where_it_is_served(place: Place, server: NfsServer) -> None:
     server.start()
+    await_listed(place, *TCP)
     without = prove(place)
     server.stop()
     server.udp = True
     server.start()
+    await_listed(place, *TCP, *UDP)
     facts = prove(place)
     assert facts.udp == facts.tcp
     assert facts.udp is not None

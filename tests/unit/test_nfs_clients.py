@@ -5,12 +5,14 @@ The list is made of files here: it exists only where the kernel's own server run
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from nfsha.nfs.clients import (
+    ServerFiles,
     Stray,
     V4Client,
     V4ClientFacts,
@@ -21,6 +23,7 @@ from nfsha.nfs.clients import (
     strays,
     v4_objections,
 )
+from nfsha.nfs.v3_fence import Answers, FenceFacts, Version4
 
 # Two clients as Linux 6.12 shows them (fs/nfsd/nfs4state.c, client_info_show).
 CONFIRMED = b"""clientid: 0x6d077c99675df2b3
@@ -39,63 +42,97 @@ admin-revoked states: 0
 COURTESY = CONFIRMED.replace(b"status: confirmed", b"status: courtesy").replace(b".32", b".33")
 
 
+REFUSED = Answers("answered", Version4.REFUSED, "version not supported", "answered")
+FENCE = FenceFacts("127.0.0.1", REFUSED, None, None, "connection refused")
+SPOKEN = replace(FENCE, tcp=replace(REFUSED, version4=Version4.SPOKEN, said4="answered"))
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An empty list."""
-    made = tmp_path / "clients"
-    made.mkdir()
-    return made
+def files(tmp_path: Path) -> ServerFiles:
+    """The kernel's server with eight threads and an empty list, and no configuration of ganesha."""
+    (tmp_path / "threads").write_text("8\n")
+    (tmp_path / "clients").mkdir()
+    return ServerFiles(tmp_path / "threads", tmp_path / "clients", tmp_path / "ganesha.conf")
 
 
-def add(folder: Path, number: int, info: bytes) -> None:
-    (folder / str(number)).mkdir()
-    (folder / str(number) / "info").write_bytes(info)
+def add(files: ServerFiles, number: int, info: bytes) -> None:
+    (files.knfsd_clients / str(number)).mkdir()
+    (files.knfsd_clients / str(number) / "info").write_bytes(info)
 
 
-def test_without_the_kernels_server_there_is_no_list(tmp_path: Path) -> None:
-    facts = read_v4_clients(tmp_path / "clients")
-    assert facts == V4ClientFacts(list_there=False)
-    assert v4_objections(facts) == ()
+def test_an_empty_list_is_enough_even_where_v4_is_spoken(files: ServerFiles) -> None:
+    facts = read_v4_clients(files)
+    assert facts == V4ClientFacts(listed=True)
+    assert v4_objections(facts, SPOKEN) == ()
 
 
-def test_an_empty_list_is_fine(folder: Path) -> None:
-    assert read_v4_clients(folder) == V4ClientFacts(list_there=True)
-    assert v4_objections(read_v4_clients(folder)) == ()
-
-
-def test_every_client_counts_whatever_its_status(folder: Path) -> None:
-    add(folder, 3, CONFIRMED)
-    add(folder, 12, COURTESY)
-    facts = read_v4_clients(folder)
+def test_every_client_counts_whatever_its_status(files: ServerFiles) -> None:
+    add(files, 3, CONFIRMED)
+    add(files, 12, COURTESY)
+    facts = read_v4_clients(files)
     assert facts.count == 2
     assert set(facts.clients) == {
         V4Client("10.87.29.32:864", "Linux NFSv4.2 web.example", "confirmed"),
         V4Client("10.87.29.33:864", "Linux NFSv4.2 web.example", "courtesy"),
     }
-    (objection,) = v4_objections(facts)
+    (objection,) = v4_objections(facts, FENCE)
     assert "10.87.29.33:864 (Linux NFSv4.2 web.example, courtesy)" in objection.here
     assert "vers=3" in objection.remedy
 
 
-def test_a_client_that_left_meanwhile_is_none(folder: Path) -> None:
-    (folder / "4").mkdir()
-    assert read_v4_clients(folder).count == 0
+def test_a_client_that_left_meanwhile_is_none(files: ServerFiles) -> None:
+    (files.knfsd_clients / "4").mkdir()
+    assert read_v4_clients(files).count == 0
 
 
-def test_of_many_clients_the_first_twenty_are_named(folder: Path) -> None:
+def test_of_many_clients_the_first_twenty_are_named(files: ServerFiles) -> None:
     for number in range(25):
-        add(folder, number, CONFIRMED)
-    facts = read_v4_clients(folder)
+        add(files, number, CONFIRMED)
+    facts = read_v4_clients(files)
     assert (facts.count, len(facts.clients)) == (25, 20)
-    assert v4_objections(facts)[0].here.endswith(" and 5 more")
+    assert v4_objections(facts, FENCE)[0].here.endswith(" and 5 more")
 
 
-def test_a_list_that_cannot_be_read_is_no_proof(folder: Path) -> None:
-    (folder / "5").mkdir()
-    (folder / "5" / "info").mkdir()
-    facts = read_v4_clients(folder)
+def test_a_list_that_cannot_be_read_is_no_proof(files: ServerFiles) -> None:
+    (files.knfsd_clients / "5" / "info").mkdir(parents=True)
+    facts = read_v4_clients(files)
     assert "Is a directory" in facts.trouble
-    assert "Is a directory" in v4_objections(facts)[0].here
+    assert "Is a directory" in v4_objections(facts, FENCE)[0].here
+
+
+def test_without_a_list_the_refusal_of_v4_decides(files: ServerFiles) -> None:
+    files.knfsd_clients.rmdir()  # Linux before 5.3
+    old_kernel = read_v4_clients(files)
+    assert old_kernel == V4ClientFacts(listed=False)
+    assert v4_objections(old_kernel, FENCE) == ()
+    (objection,) = v4_objections(old_kernel, SPOKEN)
+    assert objection.here == "no list of them, and to version 4 the server said: answered"
+
+
+def test_the_list_of_a_kernel_that_does_not_serve_says_nothing(files: ServerFiles) -> None:
+    files.knfsd_threads.write_text("0\n")
+    files.ganesha_conf.write_text("NFS_CORE_PARAM { Protocols = 3; }")
+    facts = read_v4_clients(files)
+    assert facts == V4ClientFacts(listed=False)
+    assert v4_objections(facts, FENCE) == ()
+    assert v4_objections(facts, SPOKEN) != ()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "NFS_CORE_PARAM { Protocols = 3, NFSv4; }", "NFS_Core_Param { NFS_Port = 2049; }"]
+)
+def test_a_configuration_that_brings_v4_back_is_told(files: ServerFiles, text: str) -> None:
+    files.knfsd_threads.unlink()
+    files.ganesha_conf.write_text(text)
+    (objection,) = v4_objections(read_v4_clients(files), FENCE)
+    assert objection.here == f"{files.ganesha_conf} does not say Protocols = 3"
+
+
+def test_a_configuration_that_cannot_be_read_is_told(files: ServerFiles) -> None:
+    files.knfsd_threads.unlink()
+    files.ganesha_conf.write_text("NFS_CORE_PARAM {")
+    (objection,) = v4_objections(read_v4_clients(files), FENCE)
+    assert objection.here == "it ends within a block"
 
 
 def test_torn_info_is_a_client_all_the_same() -> None:
