@@ -260,6 +260,8 @@ def test_a_serving_node_tells_who_came_and_who_went(lan: Lan) -> None:
         told = [ends_of(one).client_port for one in decoded(published[1]).connections]
         assert told == [first.ports[0], second.ports[0]]
         await asyncio.to_thread(first.close)
+        # Until the server has closed its end, too.
+        await until(lambda: len(sockdiag.connections(PLACES)) == 1, 2.0)
         driver.closed()
         await until(lambda: len(published) == 3, 1.0)
         (left,) = decoded(published[2]).connections
