@@ -182,6 +182,13 @@ COMMANDS: tuple[Command, ...] = (
         "Sizes are decimal, times are UTC.",
     ),
     Command(
+        "clients", LOOK, "list the connections of clients, as both nodes know them",
+        "nfsha clients", watch.clients,
+        (Option(("--watch",), "show it again each second, until ^C", FLAG), CONFIG, SOCKET),
+        "The node that serves tells the other one who is connected: so it can have them connect "
+        "anew at once if it takes over.",
+    ),
+    Command(
         "volumes pair", COPY, "make the volumes of one name on both nodes a pair",
         "nfsha volumes pair data", replicate.pair,
         (

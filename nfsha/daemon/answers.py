@@ -64,6 +64,8 @@ class Answers:
         match command:
             case "status":
                 return {"status": self._status()}
+            case "clients":
+                return {"clients": await self._shell.world.clients.facts()}
             case "events":
                 return {"events": self._events(args)}
             case "activate":

@@ -56,6 +56,7 @@ class Executors:
             case model.SendHeartbeat():
                 self._world.links.send(action.datagram)
                 self._world.replication.tick()
+                self._world.clients.tick()
             case model.AskWitness():
                 self._world.ask_witness()
             case model.Announce():
@@ -157,6 +158,7 @@ class Executors:
                     return await self._on_service(action)
                 case model.CloseService():
                     self._world.announcer.silence()
+                    self._world.clients.closed()
                     await self._world.lease.close()
                 case model.ExtendLeases():
                     await self._extend(action.deadline_ms)
@@ -175,6 +177,7 @@ class Executors:
         match action:
             case model.RemoveAddress():
                 await address.remove()
+                await self._world.clients.end_own()
                 return model.AddressChanged(held=False)
             case model.AddAddress():
                 return _lease("address", await address.add(action.deadline_ms))
@@ -184,7 +187,10 @@ class Executors:
     async def _on_service(self, action: model.OpenService | model.RenewService) -> Result:
         lease = self._world.lease
         if isinstance(action, model.OpenService):
-            return _lease("service", await lease.open(action.deadline_ms))
+            outcome = await lease.open(action.deadline_ms)
+            if outcome.held:
+                self._world.clients.opened()
+            return _lease("service", outcome)
         return _lease("service", await lease.renew(action.deadline_ms))
 
     async def _extend(self, deadline_ms: int) -> None:

@@ -16,6 +16,7 @@ The session is found again by a mark in the environment, after this process too 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -265,25 +266,29 @@ def _sessions() -> set[int]:
 
 def _end_session(session: int, *, reap: Callable[[], object] = lambda: None) -> str:
     """Ends all processes of a session; returns those that are not gone in time, in words."""
-    pids: list[int] = []
-    for number, within_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GONE_WITHIN_S)):
-        deadline_s = time.monotonic() + within_s
-        while time.monotonic() < deadline_s:
-            reap()
-            pids = [pid for pid, its in _processes() if its == session]
-            if not pids:
-                return ""
-            for pid in pids:
-                _signal(pid, number)
-            time.sleep(_POLL_S)
-    return ", ".join(f"process {pid} ({_command(pid)})" for pid in pids)
+    began_s = time.monotonic()
+    pids = _of_session(session)
+    _signal(pids, signal.SIGTERM)  # once: a program that cleans up is left to it
+    while pids:
+        past_s = time.monotonic() - began_s
+        if past_s > GRACE_S + GONE_WITHIN_S:
+            return ", ".join(f"process {pid} ({_command(pid)})" for pid in pids)
+        if past_s > GRACE_S:
+            _signal(pids, signal.SIGKILL)
+        time.sleep(_POLL_S)
+        reap()
+        pids = _of_session(session)
+    return ""
 
 
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _of_session(session: int) -> list[int]:
+    return [pid for pid, its in _processes() if its == session]
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _processes() -> list[tuple[int, int]]:

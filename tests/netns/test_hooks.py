@@ -1,0 +1,226 @@
+"""A block replica that one node only can have mounted, moved by hooks; both daemons, real mounts.
+
+The replica is one ext4 image that either node can mount through a loop device: they share a kernel.
+A lock stands for DRBD's single primary: a node that holds it is the only one that may mount.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.netns.lab import ROLES, Lab
+from tests.netns.labkit.network import VIP
+from tests.netns.pair import BUSY_MS, TAKEOVER_AFTER_MS, Event, Pair
+
+VOLUME = "/nfs/replica"
+HOOKS = """
+[hooks]
+mount = "/etc/nfsha/mount"
+unmount = "/etc/nfsha/unmount"
+timeout = "10s"
+[timing]
+idle_peer = "300ms"
+"""
+MOUNT = """#!/bin/sh -e
+echo "begin $NFSHA_HOOK" >>{log}
+test ! -e {broken} || {{ echo "the replica is not there" >&2; exit 7; }}
+ln -s "$NFSHA_ROLE" {lock} 2>{null} || test "$(readlink {lock})" = "$NFSHA_ROLE" ||
+    {{ echo "the $(readlink {lock}) has it" >&2; exit 11; }}
+test "$NFSHA_MOUNTS" = {volume}
+mkdir -p {volume}
+mountpoint -q {volume} || mount -o loop {image} {volume}
+echo "end $NFSHA_HOOK" >>{log}
+"""
+UNMOUNT = """#!/bin/sh -e
+echo "begin $NFSHA_HOOK" >>{log}
+while test -e {slow}; do sleep 0.02; done
+! mountpoint -q {volume} || umount {volume}
+test "$(readlink {lock})" != "$NFSHA_ROLE" || rm {lock}
+echo "end $NFSHA_HOOK" >>{log}
+"""
+MOUNT_MS = 1000
+"""What a mount may take here beside two busy cores, with the program that does it."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The shared image, its lock, and what the hooks of both nodes did."""
+
+    folder: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "lock"
+
+    def log(self, node: str) -> list[str]:
+        file = self.folder / f"{node}.log"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def broken(self, node: str) -> Path:
+        """While it is there, this node's mount hook fails."""
+        return self.folder / f"{node}.broken"
+
+    def slow(self, node: str) -> Path:
+        """While it is there, this node's unmount hook does not end."""
+        return self.folder / f"{node}.slow"
+
+    def write_hooks(self, lab: Lab, node: str) -> None:
+        words = {
+            "log": self.folder / f"{node}.log",
+            "broken": self.broken(node),
+            "slow": self.slow(node),
+            "lock": self.lock,
+            "image": self.folder / "image",
+            "volume": VOLUME,
+            "null": "/dev/null",
+        }
+        quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
+        for name, text in (("mount", MOUNT), ("unmount", UNMOUNT)):
+            file = lab.node(node).path(f"/etc/nfsha/{name}")
+            file.write_text(text.format(**quoted))
+            file.chmod(0o755)
+
+
+class HookedPair(Pair):
+    """Both daemons, with hooks for the replica."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab, mounts=(VOLUME,), tables=HOOKS)
+        self.replica = Replica(lab.folder / "replica")
+        self.replica.folder.mkdir()
+        image = self.replica.folder / "image"
+        subprocess.run(["truncate", "-s", "32M", image], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, timeout=60)
+        for node in ROLES:
+            self.replica.write_hooks(lab, node)
+
+    def mounted(self, node: str) -> bool:
+        table = self.lab.node(node).path("/proc/1/mountinfo").read_text()
+        return f" {VOLUME} " in table
+
+    def file(self, node: str) -> Path:
+        """A file on the replica, by way of a node."""
+        return self.lab.node(node).path(f"{VOLUME}/file")
+
+    def wait_row(self, node: str, row: str, since_ms: int, within_s: float = 10.0) -> Event:
+        return self.wait_event(
+            node, lambda e: e.row == row, f"row {row}", since_ms=since_ms, within_s=within_s
+        )
+
+    def power_cut(self, node: str) -> int:
+        """As the lab's; and the replica's other side learns that this one is gone."""
+        since_ms = self.now_ms()
+        self.lab.power_cut(node)
+        self.replica.lock.unlink()
+        return since_ms
+
+    def rows(self, node: str, since_ms: int = 0) -> list[str]:
+        return [event.row for event in self.events(node, since_ms)]
+
+    def serves_since(self, node: str, since_ms: int) -> bool:
+        return any(e.to == "ACTIVE" != e.phase for e in self.events(node, since_ms))
+
+    def alarms(self, node: str) -> dict[str, str]:
+        told = self.lab.node(node).status()["alarms"]
+        return {one["name"]: one["text"] for one in told}
+
+
+@pytest.fixture
+def pair(lab: Lab) -> HookedPair:
+    """Two nodes with hooks whose daemons do not run yet."""
+    return HookedPair(lab)
+
+
+def test_a_crash_is_taken_over_with_the_volume(pair: HookedPair) -> None:
+    pair.settle()
+    assert pair.mounted("a")
+    assert not pair.mounted("b")
+    assert pair.replica.log("b") == ["begin unmount", "end unmount"], "whatever was left"
+    rows = pair.rows("a")
+    assert rows.index("H20") < rows.index("W26") < rows.index("H10") < rows.index("W20")
+    pair.file("a").write_text("written at a")
+    subprocess.run(["sync", "-f", pair.file("a")], check=True)
+    died_ms = pair.power_cut("a")
+    served = pair.wait_phase("b", "ACTIVE", since_ms=died_ms)
+    assert served.at_ms - died_ms <= TAKEOVER_AFTER_MS + 100 + MOUNT_MS + BUSY_MS
+    assert pair.file("b").read_text() == "written at a"
+    rows = pair.rows("b", died_ms)
+    assert rows.index("T12") < rows.index("H10") < rows.index("T10") < rows.index("T20")
+    pair.assert_never_two()
+
+
+def test_a_planned_stop_hands_the_volume_over_once_it_is_given_up(pair: HookedPair) -> None:
+    pair.settle()
+    pair.file("a").write_text("written at a")
+    pair.replica.slow("a").touch()
+    stopped_ms = pair.now_ms()
+    daemon = pair.daemon("a")
+    daemon.signal(15)
+    pair.wait_row("b", "H50", stopped_ms)
+    assert daemon.alive, "a stop waits for the unmount hook"
+    assert pair.mounted("a")
+    assert not pair.lab.look().holders(VIP), "the address goes at once, and comes with the volume"
+    failed = pair.wait_row("b", "H50", stopped_ms)
+    assert "exit status 11: the primary has it" in failed.detail
+    pair.replica.slow("a").unlink()
+    assert daemon.wait(10) == 0
+    assert not pair.mounted("a")
+    pair.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
+    assert pair.file("b").read_text() == "written at a"
+    pair.assert_never_two()
+    assert not pair.alarms("b").get("mount-failed")
+
+
+def test_a_node_whose_mount_hook_fails_does_not_serve_and_says_why(pair: HookedPair) -> None:
+    pair.settle()
+    pair.replica.broken("b").touch()
+    died_ms = pair.power_cut("a")
+    failed = pair.wait_row("b", "H50", died_ms)
+    assert "mount hook: /etc/nfsha/mount: exit status 7: the replica is not there" in failed.detail
+    assert "mend that, it is run again by itself" in failed.detail
+    again = pair.wait_row("b", "H50", failed.at_ms + 1)
+    assert again.at_ms - failed.at_ms >= 500
+    assert "exit status 7" in pair.alarms("b")["mount-failed"]
+    assert pair.lab.b.status()["volumes"]["mounted"] is None
+    assert not pair.lab.look().holders(VIP)
+    assert pair.moves("b", died_ms) == [("PASSIVE", "TAKEOVER")]
+    pair.replica.broken("b").unlink()
+    pair.wait_phase("b", "ACTIVE", since_ms=died_ms)
+    assert pair.mounted("b")
+
+
+def test_a_volume_that_vanishes_is_not_served_any_more_but_mounted_anew(pair: HookedPair) -> None:
+    pair.settle()
+    gone_ms = pair.now_ms()
+    pair.lab.a.run("umount", VOLUME)
+    fault = pair.wait_phase("a", "FAULT", since_ms=gone_ms)
+    assert f"nothing is mounted at {VOLUME}" in fault.detail
+    pair.wait_row("a", "H20", fault.at_ms)
+    # By the one that is quicker: the same node is sound again, or the other one takes over.
+    deadline = time.monotonic() + 10
+    while not (back := [n for n in ROLES if pair.serves_since(n, fault.at_ms)]):
+        assert time.monotonic() < deadline, pair.log("a")
+        time.sleep(0.01)
+    assert [pair.mounted(node) for node in ROLES] == [node in back for node in ROLES]
+    pair.assert_never_two()
+
+
+def test_a_daemon_killed_while_it_serves_finds_the_volume_mounted(pair: HookedPair) -> None:
+    pair.settle()
+    ran = pair.replica.log("a")
+    killed_ms = pair.now_ms()
+    pair.daemon("a").kill()
+    pair.start("a")
+    pair.wait_row("a", "S20", killed_ms)
+    assert pair.mounted("a")
+    stopped_ms = pair.now_ms()
+    assert pair.daemon("a").stop() == 0
+    assert pair.replica.log("a") == [*ran, "begin unmount", "end unmount"]
+    assert not pair.mounted("a")
+    pair.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
