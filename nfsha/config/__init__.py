@@ -23,6 +23,7 @@ from nfsha.config.settings import (
     RSYNC,
     SINGLE_LINK_WITNESS,
     Firewall,
+    Handover,
     Hooks,
     IPAddress,
     Link,
@@ -232,6 +233,7 @@ def _assemble(reader: Reader) -> Settings:
             start_alone_after_ms=reader.take(keys.START_ALONE_KEY),
             accept=reader.take(keys.ACCEPT_KEY),
         ),
+        handover=Handover(max_stall_ms=reader.take(keys.MAX_STALL_KEY)),
         scheduling=Scheduling(
             realtime=reader.take(keys.REALTIME_KEY),
             lock_memory=reader.take(keys.LOCK_MEMORY_KEY),

@@ -17,6 +17,7 @@ from nfsha.core.describe import situation
 from nfsha.core.model import CommandKind, Role
 from nfsha.daemon import copy_answers
 from nfsha.daemon.copy_answers import CopyAnswers
+from nfsha.daemon.handover_answers import HandoverAnswers
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError, ControlServer, Credentials
 from nfsha.host.scheduling import Scheduling
@@ -42,6 +43,7 @@ class Answers:
             shell.world.replication.replicator,
             (sync.quarantine_max_age_ms, sync.quarantine_max_bytes),
         )
+        self._handover = HandoverAnswers(shell)
         self._started_ms = shell.world.clock_ms()
         self._server = ControlServer(
             settings.paths.runtime / SOCKET_NAME,
@@ -77,7 +79,15 @@ class Answers:
             case "confirm-peer-down":
                 return await self._obey(who, CommandKind.CONFIRM_PEER_DOWN)
             case "resolve":
-                return await self._obey(who, CommandKind.RESOLVE, keep=_role(args))
+                return await self._obey(who, CommandKind.RESOLVE, keep=_role(args, "keep"))
+            case "handover-plan":
+                return self._handover.plan(_role(args, "to"))
+            case "handover":
+                to = _role(args, "to")
+                self._handover.refuse(to)
+                return await self._obey(who, CommandKind.HANDOVER, to=to)
+            case "abort":
+                return await self._obey(who, CommandKind.ABORT)
             case _ if command in copy_answers.COMMANDS:
                 if command != "volumes":
                     log.info("%s asks for %s %s", who, command, args)
@@ -136,6 +146,7 @@ class Answers:
             "scheduling": "; ".join(self._scheduling.words),
             "risks": list(warnings(settings)),
             "copies": self._copies.brief(),
+            "handover": self._handover.facts(),
             "uptime_ms": now_ms - self._started_ms,
         }
 
@@ -171,8 +182,8 @@ def _flag(args: Facts, key: str) -> bool:
     return value
 
 
-def _role(args: Facts) -> Role:
-    value = args.get("keep")
+def _role(args: Facts, key: str) -> Role:
+    value = args.get(key)
     if value not in set(Role):
-        raise CommandError(f"keep is {value!r}: primary or standby is expected")
+        raise CommandError(f"{key} is {value!r}: primary or standby is expected")
     return Role(str(value))

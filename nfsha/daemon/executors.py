@@ -47,6 +47,7 @@ class Executors:
         self._locks: deque[tuple[int, LockAction]] = deque(maxlen=MAX_LOCK_QUEUE)
         self._locks_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._freezing: asyncio.Future[str] | None = None
         self._log = LimitedLog(log, world.clock_ms)
 
     def perform(self, numbered: Numbered) -> None:
@@ -79,6 +80,10 @@ class Executors:
                 self._lock(numbered.number, action)
             case model.StopReceivers():
                 self._start(numbered, self._stop_receivers())
+            case model.Freeze():
+                self._start(numbered, self._freeze())
+            case model.Thaw():
+                self._start(numbered, self._thaw())
             case model.MountVolumes():
                 self._start(numbered, self._world.volumes.mount(action.epoch))
             case model.UnmountVolumes():
@@ -127,6 +132,23 @@ class Executors:
     async def _stop_receivers(self) -> Result:
         trouble = await self._world.replication.stop_receivers()
         return model.ReceiversStopped(ok=not trouble, detail=trouble)
+
+    async def _freeze(self) -> Result:
+        # After the call that closes the service: what is written later would escape the freeze.
+        while self._locks_task is not None:
+            await asyncio.wait([self._locks_task])
+        self._freezing = asyncio.ensure_future(self._world.replication.come_to_rest())
+        await asyncio.wait([self._freezing])
+        if self._freezing.cancelled():
+            return model.Frozen(ok=False, detail="the freeze was ended")
+        trouble = self._freezing.result()
+        return model.Frozen(ok=not trouble, detail=trouble)
+
+    async def _thaw(self) -> Result:
+        """The volumes stay writable in a freeze; so it ends with the waiting for its rest."""
+        if self._freezing is not None:
+            self._freezing.cancel()
+        return model.Thawed(ok=True)
 
     # ------------------------------------------------------------- the two locks, in order
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nfsha.config import RSYNC, Settings
-from nfsha.core.model import Phase, ReplicaChanged
+from nfsha.core.model import FinalChanged, Phase, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import flow
 from nfsha.core.state import State
 from nfsha.daemon.inbox import Inbox
@@ -93,9 +93,13 @@ class Replication:
         """Ends all that receives; returns what is stuck, or ""."""
         return await self.replicator.stop_receivers() if self.replicator is not None else ""
 
+    async def come_to_rest(self) -> str:
+        """Waits until nothing writes any more, all on the disk; returns why not, or ""."""
+        return await self.replicator.come_to_rest() if self.replicator is not None else ""
+
     # ------------------------------------------------------------- facts, both ways
 
-    def _report(self, changed: ReplicaChanged) -> None:
+    def _report(self, changed: ReplicaChanged | PresyncChanged | FinalChanged) -> None:
         self._inbox.put(changed)
 
     def _tell(self, facts: dict[str, Any]) -> None:

@@ -126,6 +126,7 @@ class World:
             service_lease=self.settings.firewall.service_lease,
             replication=self.settings.replication == RSYNC,
             start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
+            final_limit_ms=2 * self.settings.handover.max_stall_ms,
             hook_timeout_ms=self.settings.hooks.timeout_ms if self.settings.hooks.given else None,
         )
 

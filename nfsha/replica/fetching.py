@@ -476,6 +476,59 @@ class Fetching:
             case _:
                 self._failed(copy, outcome.sentence)
 
+    # ------------------------------------------------------------- proving
+
+    async def prove(self, uuid: str, epoch: Epoch, before: Mark, mark: Mark) -> str:
+        """Says in what the copy differs from a source that stands still, or "".
+
+        The folders that changed since `before` are compared by content, and the source's journal
+        must know of no change since `mark`, also after that.
+        """
+        scratch = self._scratch / f"{uuid}-proof"
+        await asyncio.to_thread(_fresh_folder, scratch)
+        try:
+            facts, changes = await self._published(uuid, epoch, scratch)
+            here = self._guard(uuid, epoch, facts)
+            folders, why = _changed_since(changes, before)
+            if folders is None:
+                return why
+            if folders:
+                different = await self._compare(here, epoch, folders, scratch)
+                if different:
+                    return different
+                _, changes = await self._published(uuid, epoch, scratch)
+            late, why = _changed_since(changes, mark)
+        except (RefusedError, *TROUBLES) as error:
+            return str(error)
+        if late is None:
+            return why
+        return f"{shown(late[0])} changed after the freeze" if late else ""
+
+    async def _compare(
+        self, here: VolumeFacts, epoch: Epoch, folders: tuple[bytes, ...], scratch: Path
+    ) -> str:
+        root_fd = await asyncio.to_thread(volumes.open_root, here)
+        try:
+            request = PassRequest(
+                uuid=here.identity or "",
+                root_fd=root_fd,
+                source=self._source(epoch),
+                folders=folders,
+                limits=DeleteLimits(0, 0, 0, None, target_empty=False),
+                timeout_s=self._sync.timeout_s,
+                connect_timeout_s=self._sync.connect_timeout_s,
+                checksum=True,
+                name=f"volume {here.name}",
+            )
+            outcome = await self._pull(self.copies[here.identity or ""], request, scratch)
+        finally:
+            os.close(root_fd)
+        if outcome.verdict is not Verdict.COMPLETE:
+            return outcome.sentence
+        if outcome.transferred_files or outcome.deletions:
+            return f"{outcome.transferred_files} files differed, {outcome.deletions} were too many"
+        return ""
+
     # ------------------------------------------------------------- verifying
 
     async def _verify(self, copy: Copy, epoch: Epoch) -> None:
@@ -604,6 +657,14 @@ def _mark(
         changes_id=changes.journal_id if changes is not None else "",
         changes_seq=changes.last if changes is not None else 0,
     )
+
+
+def _changed_since(
+    changes: Published | None, mark: Mark
+) -> tuple[tuple[bytes, ...] | None, str]:
+    if changes is None:
+        return None, "the source has no change journal"
+    return changes.since(mark.changes_id, mark.changes_seq)
 
 
 def _fresh_folder(path: Path) -> None:

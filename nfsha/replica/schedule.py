@@ -298,6 +298,15 @@ class Schedule:
         self._scheduler.resume()
         self._begin_all()
 
+    def hold(self) -> None:
+        """Lets nothing become due by itself any more; what is asked for is made all the same."""
+        self._scheduler.pause()
+
+    def let_go(self) -> None:
+        """Ends `hold`; a pause stays."""
+        if not self._paused:
+            self._scheduler.resume()
+
     # ------------------------------------------------------------- passes
 
     def trigger(self, uuid: str, reason: Reason) -> None:

@@ -503,6 +503,15 @@ def write_identity(facts: VolumeFacts, uuid: str, *, pair: bool = False) -> Volu
     return replace(facts, identity=uuid)
 
 
+def sync(facts: VolumeFacts) -> None:
+    """Makes all that was written to the volume durable. It blocks. VolumeError, OSError."""
+    root_fd = open_root(facts)
+    try:
+        sync_filesystem(root_fd)
+    finally:
+        os.close(root_fd)
+
+
 def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
     """Records durably that the volume holds this epoch's data; nothing is written if it says so.
 
