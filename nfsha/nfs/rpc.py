@@ -236,7 +236,7 @@ async def null_call_by_udp(
                 await asyncio.wait([replies.result], timeout=_RESEND_MS / 1000)
         return replies.result.result()
     except TimeoutError:
-        return TimedOut(connected=False)
+        return TimedOut(connected=True)  # nothing was taken, but that is how datagrams are
     finally:
         transport.abort()
 

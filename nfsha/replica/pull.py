@@ -4,7 +4,7 @@ At most three runs of rsync, each for one purpose, so that a deletion rests on a
 
 1. plan: a dry run that names what differs. When nothing does, the pass is over: one walk.
 2. copy: brings what differs, and deletes nothing (only what stands in the way, if the plan's
-   deletions may be carried out).
+   deletions may be carried out). What is little is asked for by the names of the plan.
 3. settle: deletes what the plan named and sets folders' attributes right, looking at the folders
    concerned only. Not after a run in which the source reported an I/O error.
 
@@ -325,13 +325,29 @@ class Pull:
             may_delete = bool(plan.count or reader.old_parts) and not held
         ceiling = min(self._ceiling + reader.old_parts, _INT_MAX) if may_delete else 0
         if reader.copies:
-            copied = await self._copy(
-                course, total_bytes=run.stats.transferred_bytes, make_way=ceiling
-            )
+            copied = await self._copy_planned(course, reader, run.stats, ceiling)
             may_delete = may_delete and copied.went_through
         if may_delete or (run.went_through and reader.touched and not reader.copies):
             await self._settle(course, reader, ceiling if may_delete else None)
         return held
+
+    async def _copy_planned(
+        self, course: Course, reader: PlanReader, planned: Stats, make_way: int
+    ) -> _Run:
+        """Copies what the plan named, by name if that is little: no second look at all the rest."""
+        total_bytes = planned.transferred_bytes
+        if reader.by_name:
+            names = (reader.wanted | reader.touched) - {b"."}
+            above = {over for name in names for over in _upwards(name.rpartition(b"/")[0])}
+            data = folder_list((), [b".", *sorted(names - above)])
+            with await asyncio.to_thread(self._listed, data) as listed:
+                few = replace(course, list_path=listed.name)
+                run = await self._copy(few, total_bytes=total_bytes, make_way=make_way)
+            self._tally.entries = planned.entries  # of what was walked, not of this list
+            if not run.went_through or _files_in(run) == reader.wanted_files:
+                return run
+            # Something has another name by now, and may have been changed before this pass began.
+        return await self._copy(course, total_bytes=total_bytes, make_way=make_way)
 
     async def _look_again(self, course: Course) -> None:
         """Asks once more for what vanished: it must be gone, or come now.
@@ -644,6 +660,11 @@ def _own(root_fd: int, folders: Sequence[bytes]) -> list[bytes]:
         if not any(parts[: len(mount)] == mount for mount in inside):
             kept.append(name)
     return kept
+
+
+def _files_in(run: _Run) -> int:
+    """How many things that are no folders were in rsync's list."""
+    return 0 if run.stats is None else run.stats.entries - run.stats.folders
 
 
 def _upwards(name: bytes) -> Iterator[bytes]:

@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from nfsha.nfs import exports, file_handles
+from nfsha.nfs.clients import Stray, strays
 from nfsha.nfs.exports import ExportFacts
 from nfsha.nfs.file_handles import clone_objections, read_handles
 from tests.netns.lab import Lab
 from tests.netns.labkit.holder import Disk
+from tests.netns.labkit.network import PLACES, VIP
 from tests.netns.labkit.nfs_server import make_disks
 from tests.netns.labkit.place import Place
 from tests.netns.labkit.storage_node import StorageNode
@@ -82,6 +86,29 @@ def test_exports_of_two_nodes_are_compared(lab: Lab) -> None:
     assert "access_type=ro" in objections[1].there
     lab.b.nfs.stop()
     assert told(here, read(lab.b)) == ["the export list"]
+
+
+_ESTABLISHED = """
+import json
+from nfsha.nfs.clients import established
+print(json.dumps(established([2049, 20048])))
+"""
+
+
+def test_a_client_past_the_vip_is_found(lab: Lab) -> None:
+    lab.a.add_vip()
+    own = lab.a.addresses.lan.ipv4
+    client = "import socket, sys; kept = socket.create_connection((sys.argv[1], 2049)); "
+    client += "print('connected', flush=True); kept.recv(1)"
+    for to in (VIP, own):
+        process = lab.c.spawn([sys.executable, "-c", client, to], name=f"client-{to}")
+        while "connected" not in process.output():
+            assert process.alive
+            time.sleep(0.01)
+    connections = json.loads(lab.a.run(sys.executable, "-c", _ESTABLISHED).stdout)
+    assert len(connections) == 2
+    found = strays(connections, vips=[ip_address(VIP)], own=[ip_address(own)], ports=[2049, 20048])
+    assert found == (Stray(PLACES["c"].lan.ipv4, own, 2049),)
 
 
 # --- file handles

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import ip_address
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -20,7 +21,11 @@ from nfsha.vip import connections, sockdiag
 from nfsha.vip.connections import ClientList, Ends, Places, ends_of
 from nfsha.vip.reconnect import DESTROYS, TICKLE_AT_MS, Reconnect
 from nfsha.vip.rtnetlink import Vip
+from tests.netns.lab import Lab
+from tests.netns.labkit.network import VIP
+from tests.netns.labkit.records import RecordWriter
 from tests.netns.namespaces import Namespace, connect, inside, namespaces
+from tests.netns.pair import BUSY_MS, Pair, assert_only_moved
 
 V4, V6 = ip_address("10.77.0.100"), ip_address("fd77::100")
 OWN4 = ip_address("10.77.0.1")
@@ -395,3 +400,85 @@ def test_a_list_with_garbage_is_refused_and_the_one_before_stays(lan: Lan) -> No
         assert [one["client_ports"] for one in saved["clients"]] == [[5000]]
 
     run(lan.one, body)
+
+
+# ------------------------------------------------------------------ both daemons
+
+FROZEN_S = 7.0
+"""With the takeover, service is back after 8.3 s; the client would try again after some 14 s."""
+
+
+def saved_by(lab: Lab, name: str, count: int, within_s: float = 5.0) -> dict[str, Any]:
+    """What a node has saved of the other one's clients, once it is so many connections."""
+    deadline = time.monotonic() + within_s
+    while True:
+        told: dict[str, Any] = json.loads(lab.node(name).nfsha("clients", "--json").stdout)
+        if told["saved"]["total"] == count:
+            return told
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+
+
+def first_ack_after(lab: Lab, writer: RecordWriter, moment_ms: int) -> int:
+    """When the first record was acknowledged after a time, both in ms of the boot clock."""
+    deadline = time.monotonic() + 20
+    while True:
+        ends = [one.ended_ns // 1_000_000 for one in writer.so_far().attempts if one.error is None]
+        if (found := next((end for end in ends if end > moment_ms), None)) is not None:
+            return found
+        assert time.monotonic() < deadline, "the client did not come back"
+        time.sleep(0.05)
+
+
+def test_after_a_crash_and_a_long_outage_the_client_is_back_at_once(lab: Lab) -> None:
+    pair = Pair(lab)
+    pair.settle()
+    writer = lab.write_records()
+    writer.wait_acked(5)
+    told = saved_by(lab, "b", 1)
+    (client,) = told["saved"]["clients"]
+    assert (client["client"], client["vip"], client["service"]) == ("10.77.0.10", VIP, "nfs")
+    assert told["saved"]["age_ms"] < 2000
+    pair.daemon("b").freeze()
+    died_ms = pair.now_ms()
+    lab.power_cut("a")
+    time.sleep(FROZEN_S)
+    pair.daemon("b").thaw()
+    served = pair.wait_phase("b", "ACTIVE", since_ms=died_ms)
+    back_ms = first_ack_after(lab, writer, served.at_ms)
+    assert back_ms - served.at_ms < 500 + BUSY_MS
+    writer.wait_acked(5)
+    assert_only_moved(writer.stop(), served)
+    assert served.at_ms - died_ms > 1000 * FROZEN_S
+
+
+def test_the_server_before_answers_no_client_and_the_way_back_is_short(lab: Lab) -> None:
+    pair = Pair(lab)
+    pair.settle()
+    writer = lab.write_records()
+    writer.wait_acked(5)
+    saved_by(lab, "b", 1)
+    cut_ms = pair.now_ms()
+    lab.cut("a")
+    pair.wait_phase("a", "ISOLATED", since_ms=cut_ms)
+    there = pair.wait_phase("b", "ACTIVE", since_ms=cut_ms)
+    assert first_ack_after(lab, writer, there.at_ms) - there.at_ms < 500 + BUSY_MS
+    left = json.loads(lab.a.nfsha("clients", "--json").stdout)
+    assert left["ended"] == 1
+    sockets = lab.a.run("ss", "-Htn", "src", VIP).stdout
+    assert sockets == ""
+    lab.heal()
+    pair.wait_phase("a", "PASSIVE", since_ms=there.at_ms)
+    saved_by(lab, "a", 1)
+    died_ms = pair.now_ms()
+    lab.power_cut("b")
+    again = pair.wait_phase("a", "ACTIVE", since_ms=died_ms)
+    assert first_ack_after(lab, writer, again.at_ms) - again.at_ms < 500 + BUSY_MS
+    writer.stop()
+    # Only the new server ever reset the client: what the old one said when it ended was dropped.
+    seen = lab.look()
+    resets = seen.refusals(VIP, cut_ms * 1_000_000, again.at_ms * 1_000_000)
+    assert {one.node for one in resets} == {"b"}
+    replies = seen.replies(VIP, there.at_ms * 1_000_000, again.at_ms * 1_000_000)
+    assert {one.node for one in replies} == {"b"}
+    assert seen.address_overlap_ms(VIP) == 0

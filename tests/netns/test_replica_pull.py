@@ -193,6 +193,60 @@ def connections(pair: Pair) -> int:
     return (pair.daemon.folder / "log").read_text().count("rsync on v-")
 
 
+@pytest.mark.parametrize("folders", [None, (b".", b"a")])
+def test_what_was_planned_is_asked_for_by_name(
+    pair: Pair, folders: tuple[bytes, ...] | None
+) -> None:
+    for number in range(2000):
+        write(pair.source / "a" / f"{number}")
+    pair.first()
+    calm = pair.any_pass(folders=folders).wire_bytes
+    write(pair.source / "a" / "7", "other")
+    write(pair.source / "a" / "new" / "deep" / "file")
+    pair.source.chmod(0o750)
+    outcome = pair.any_pass(folders=folders)
+    assert (outcome.verdict, outcome.transferred_files) == (Verdict.COMPLETE, 1 + (not folders))
+    assert outcome.wire_bytes < calm * 1.1
+    assert pair.full().verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
+@pytest.mark.parametrize("folders", [None, (b".", b"a")])
+def test_what_has_another_name_since_the_plan_is_copied_all_the_same(
+    pair: Pair, folders: tuple[bytes, ...] | None
+) -> None:
+    """It may have been changed before the pass began: then its content has to come with it."""
+    write(pair.source / "a" / "old", "before")
+    pair.first()
+    write(pair.source / "a" / "old", "changed")
+    write(pair.source / "keep")
+
+    def rename(news: Progress) -> None:
+        if news.stage is Stage.COPY and (pair.source / "a" / "old").exists():
+            (pair.source / "a" / "old").rename(pair.source / "a" / "new")
+
+    assert pair.any_pass(folders=folders, progress=rename).verdict is Verdict.COMPLETE
+    assert (pair.target / "a" / "new").read_text() == "changed"
+
+
+def test_a_new_link_to_a_file_that_is_not_new(pair: Pair) -> None:
+    """Rsync makes it only when both names are in its list, and the plan names the new one alone."""
+    old = write(pair.source / "a" / "old")
+    write(pair.source / "a" / "other")
+    pair.first()
+    (pair.source / "a" / "new").hardlink_to(old)
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+    write(old, "changed")
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+    (pair.target / "a" / "new").unlink()
+    shutil.copy2(pair.target / "a" / "old", pair.target / "a" / "new")
+    write(pair.source / "a" / "other", "changed")
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
 def test_counts_are_those_of_the_trees(pair: Pair) -> None:
     for number in range(20):
         write(pair.source / "a" / f"{number}", "x" * 100)

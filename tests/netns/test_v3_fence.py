@@ -14,9 +14,13 @@ import pytest
 
 from nfsha.nfs import v3_fence
 from nfsha.nfs.v3_fence import FenceFacts, Version4
+from tests.netns.lab import Lab
+from tests.netns.labkit.network import VIP
 from tests.netns.labkit.nfs_server import NfsServer, make_disks
 from tests.netns.labkit.place import REPOSITORY, Place
+from tests.netns.labkit.storage_node import StorageNode
 from tests.netns.namespaces import inside
+from tests.netns.pair import Pair
 
 PORTS = {"rpcbind": 111, "nfs": 2049, "mountd": 20048, "statd": 20049, "lockd": 20050}
 OUTGOING_PORT = 20051
@@ -99,8 +103,9 @@ def test_what_we_ship_is_v3_only_on_fixed_ports(place: Place, server: NfsServer)
         (100005, 3, "tcp", 20048),
         (100021, 4, "tcp", 20050),
     )
-    by_own, facts = (prove(place, address) for address in (OWN, "127.0.0.1"))
-    assert replace(by_own, address="127.0.0.1") == facts
+    facts = prove(place)
+    for address in (OWN, "::1"):
+        assert replace(prove(place, address), address=facts.address) == facts
     assert objections(facts) == []
     assert facts.tcp.version4 is Version4.REFUSED
     assert facts.tcp.said4 == "version not supported (the server has 3 to 3)"
@@ -184,6 +189,24 @@ def test_silence_refusal_and_an_answer_are_told_apart(place: Place, server: NfsS
     assert silent.tcp.version4 is Version4.UNPROVED
     assert objections(silent)[0].startswith("NFS v3 over TCP at 127.0.0.1: no answer in time; ")
     assert objections(prove(place)) == []
+
+
+def test_a_node_proves_its_service_where_clients_are_shut_out(lab: Lab) -> None:
+    Pair(lab).settle()
+
+    def proved(node: StorageNode, address: str) -> FenceFacts:
+        facts = node.inside(lambda: asyncio.run(v3_fence.prove(address, PORTS, timeout_ms=5000)))
+        assert objections(facts) == []
+        return facts
+
+    giver = proved(lab.a, VIP)
+    for address in ("127.0.0.1", lab.b.addresses.lan.ipv4):
+        assert v3_fence.differences(giver, proved(lab.b, address)) == ()
+    shut_out = lab.c.inside(
+        lambda: asyncio.run(v3_fence.prove(lab.b.addresses.lan.ipv4, PORTS, timeout_ms=300))
+    )
+    assert shut_out.tcp.said4 == shut_out.rpcbind == "no connection in time"
+    assert shut_out.tcp.version4 is Version4.UNPROVED
 
 
 def _await(ready: Callable[[], bool], within_s: float = 20.0) -> None:

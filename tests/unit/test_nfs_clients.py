@@ -5,6 +5,7 @@ The list is made of files here: it exists only where the kernel's own server run
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,7 @@ from nfsha.nfs.clients import (
     Stray,
     V4Client,
     V4ClientFacts,
+    established,
     parse_info,
     plain_address,
     read_v4_clients,
@@ -182,6 +184,23 @@ def test_clients_past_the_vip_are_found_once_each() -> None:
     assert objection.here == "10.77.0.10 at 10.77.0.1:2049, fd77::10 at fd77::1:2049"
     assert "through 10.77.0.100 or fd77::100" in objection.remedy
     assert stray_objections((), VIPS) == ()
+
+
+def test_the_tables_of_the_kernel_are_read() -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        port = server.getsockname()[1]
+        ends = [socket.create_connection((to, port)) for to in ("127.0.0.1", "::1")]
+        served = [server.accept()[0] for _ in ends]
+        clients = [end.getsockname()[1] for end in ends]
+        found = established([port])
+        for end in (*ends, *served):
+            end.close()
+    assert sorted(found) == sorted(
+        [
+            (("::1", port), ("::1", clients[1])),
+            (("::ffff:7f00:1", port), ("::ffff:7f00:1", clients[0])),
+        ]
+    )
 
 
 def test_many_strays_are_counted() -> None:

@@ -127,6 +127,7 @@ def play(
     *,
     parallel: int = 2,
     takes_s: float = 0.0,
+    since_ms: Callable[[str, Kind], int | None] = lambda _uuid, _kind: None,
     wall: Callable[[], datetime] | None = None,
 ) -> None:
     async def run() -> None:
@@ -140,7 +141,13 @@ def play(
             if not task.cancelled():
                 failed.append(task.exception())
 
-        schedule = Schedule(passes.run, parallel=parallel, watch=watch, wall=wall or Clock().now)
+        schedule = Schedule(
+            passes.run,
+            parallel=parallel,
+            watch=watch,
+            since_ms=since_ms,
+            wall=wall or Clock().now,
+        )
         schedule.start()
         try:
             await scenario(schedule, passes)
@@ -183,14 +190,108 @@ def test_jitter_delays_each_pass_and_not_the_ones_after_it() -> None:
 
 def test_slower_kinds_take_the_place_of_the_ordinary_pass() -> None:
     async def scenario(schedule: Schedule, passes: Passes) -> None:
-        plan = Plan(every_ms=100, full_every_ms=1000, full_first_ms=0, verify_every_ms=60_000)
-        schedule.set("a", plan)
+        schedule.set("a", Plan(every_ms=100, full_every_ms=250, verify_every_ms=60_000))
         await asyncio.sleep(0.45)
         kinds = [reason.kind for reason in passes.of("a")]
-        assert kinds == [Kind.FULL, *[Kind.ORDINARY] * (len(kinds) - 1)]
-        assert 3 <= len(kinds) <= 5
+        assert kinds.count(Kind.FULL) == 1
+        assert kinds.index(Kind.FULL) == 2
+        assert 4 <= len(kinds) <= 5
 
     play(scenario)
+
+
+# --------------------------------------------------------------------------- slower kinds
+
+
+class Walks:
+    """When slower passes were completed, as something durable would tell."""
+
+    def __init__(self) -> None:
+        self.at_s: dict[Kind, float] = {}
+
+    def since_ms(self, _uuid: str, kind: Kind) -> int | None:
+        at_s = self.at_s.get(kind)
+        return None if at_s is None else round(1000 * (now_s() - at_s))
+
+    def done(self, kind: Kind, ago_s: float = 0.0) -> None:
+        self.at_s[kind] = now_s() - ago_s
+
+
+def test_a_restart_does_not_put_off_a_slower_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 50)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=3599.7)
+        walks.done(Kind.VERIFY, ago_s=50)
+        plan = Plan(every_ms=7_200_000, full_every_ms=3_600_000, verify_every_ms=3_600_000)
+        schedule.set("a", plan)
+        assert passes.begun == []
+        assert 100 <= (schedule.next_ms("a") or 0) <= 300
+        await asyncio.sleep(0.5)
+        assert passes.of("a") == [Reason(Cause.SCHEDULE, Kind.FULL)]
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_a_slower_pass_that_is_late_comes_soon_after_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 200)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.VERIFY, ago_s=30 * 86_400)
+        schedule.set("a", Plan(every_ms=7_200_000, verify_every_ms=3_600_000))
+        assert 100 <= (schedule.next_ms("a") or 0) <= 200
+        await asyncio.sleep(0.4)
+        assert passes.of("a") == [Reason(Cause.SCHEDULE, Kind.VERIFY)]
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_a_slower_pass_that_came_to_no_end_comes_again_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 50)
+    monkeypatch.setattr(module, "AGAIN_LEAST_MS", 100)
+    monkeypatch.setattr(module, "AGAIN_PART", 10_000)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=86_400)
+        schedule.set("a", Plan(every_ms=7_200_000, full_every_ms=3_600_000))
+        await asyncio.sleep(0.25)
+        assert len(passes.begun) == 1, "refused, and the next one not at once"
+        walks.done(Kind.FULL)  # the next one is completed
+        await asyncio.sleep(0.5)
+        assert len(passes.begun) == 1, "due by the wait, but it came meanwhile"
+        assert 3_590_000 < (schedule.next_ms("a") or 0) <= 3_600_000
+        walks.done(Kind.FULL, ago_s=4000)
+        schedule.trigger("a", Reason(Cause.COMMAND, Kind.FULL))
+        await asyncio.sleep(0.05)
+        assert len(passes.begun) == 2
+        assert 0 < (schedule.next_ms("a") or 0) <= 360
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_the_period_of_a_slower_kind_is_counted_from_the_last_one_whoever_asked_for_it() -> None:
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=1000)
+        schedule.set("a", Plan(every_ms=7_200_000, full_every_ms=3_600_000))
+        assert (schedule.next_ms("a") or 0) <= 2_600_000
+        gate = passes.hold("a")
+        asked = ask(schedule, "a", Reason(Cause.COMMAND, Kind.FULL))
+        await asyncio.sleep(0.01)
+        walks.done(Kind.FULL)
+        gate.set()
+        assert await asked
+        assert (schedule.next_ms("a") or 0) > 3_590_000
+
+    play(scenario, since_ms=walks.since_ms)
 
 
 def test_a_verify_that_is_due_with_an_ordinary_pass_stands_for_both() -> None:
@@ -626,7 +727,7 @@ def test_it_logs_nothing_and_starts_no_thread(quiet: None) -> None:
         {"every_ms": 100, "jitter_ms": 100},
         {"every_ms": 100, "jitter_ms": -1},
         {"every_ms": 100, "full_every_ms": 0},
-        {"every_ms": 100, "verify_every_ms": 1000, "verify_first_ms": -1},
+        {"every_ms": 100, "jitter_ms": -1},
     ],
 )
 def test_what_is_no_plan_is_refused(wrong: dict[str, int]) -> None:
