@@ -76,24 +76,26 @@ class Answers:
                 on = _flag(args, "on")
                 kind = CommandKind.MAINTENANCE_ON if on else CommandKind.MAINTENANCE_OFF
                 return await self._obey(who, kind)
-            case "confirm-peer-down":
-                return await self._obey(who, CommandKind.CONFIRM_PEER_DOWN)
-            case "resolve":
-                return await self._obey(who, CommandKind.RESOLVE, keep=_role(args, "keep"))
-            case "handover-plan":
-                return self._handover.plan(_role(args, "to"))
-            case "handover":
-                to = _role(args, "to")
-                self._handover.refuse(to)
-                return await self._obey(who, CommandKind.HANDOVER, to=to)
-            case "abort":
-                return await self._obey(who, CommandKind.ABORT)
+            case "confirm-peer-down" | "resolve":
+                keep = _role(args, "keep") if command == "resolve" else None
+                return await self._obey(who, CommandKind(command), keep=keep)
+            case "handover-plan" | "handover" | "abort":
+                return await self._move(command, args, who)
             case _ if command in copy_answers.COMMANDS:
                 if command != "volumes":
                     log.info("%s asks for %s %s", who, command, args)
                 return await self._copies.answer(command, args)
             case _:
                 raise CommandError(f"the daemon knows no command {command[:40]!r}")
+
+    async def _move(self, command: str, args: Facts, who: Credentials) -> Facts:
+        if command == "abort":
+            return await self._obey(who, CommandKind.ABORT)
+        to = _role(args, "to")
+        if command == "handover-plan":
+            return self._handover.plan(to)
+        self._handover.refuse(to)
+        return await self._obey(who, CommandKind.HANDOVER, to=to)
 
     async def _obey(self, who: Credentials, kind: CommandKind, **options: object) -> Facts:
         if self._shell.engine is None:

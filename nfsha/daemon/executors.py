@@ -34,6 +34,16 @@ LockAction = (
     | model.ExtendLeases
 )
 
+OwnAction = (
+    model.Persist
+    | model.Survey
+    | model.StopReceivers
+    | model.Freeze
+    | model.Thaw
+    | model.MountVolumes
+    | model.UnmountVolumes
+)
+
 MAX_LOCK_QUEUE = 64
 
 
@@ -64,10 +74,6 @@ class Executors:
                 self._world.announcer.announce()
             case model.Exit():
                 self._after_locks(action.reason)
-            case model.Persist():
-                self._start(numbered, self._persist(action))
-            case model.Survey():
-                self._start(numbered, self._survey())
             case (
                 model.AddAddress()
                 | model.RenewAddress()
@@ -78,16 +84,16 @@ class Executors:
                 | model.ExtendLeases()
             ):
                 self._lock(numbered.number, action)
-            case model.StopReceivers():
-                self._start(numbered, self._stop_receivers())
-            case model.Freeze():
-                self._start(numbered, self._freeze())
-            case model.Thaw():
-                self._start(numbered, self._thaw())
-            case model.MountVolumes():
-                self._start(numbered, self._world.volumes.mount(action.epoch))
-            case model.UnmountVolumes():
-                self._start(numbered, self._world.volumes.unmount(action.epoch))
+            case (
+                model.Persist()
+                | model.Survey()
+                | model.StopReceivers()
+                | model.Freeze()
+                | model.Thaw()
+                | model.MountVolumes()
+                | model.UnmountVolumes()
+            ):
+                self._start(numbered, self._alone(action))
             case model.TakeToken() | model.DropToken() | model.PublishRecord() | model.Fence():
                 raise AssertionError(f"{type(action).__name__} without a token or fence agent")
 
@@ -99,7 +105,24 @@ class Executors:
                 pending.append(self._locks_task)
             await asyncio.wait(pending)
 
-    # ------------------------------------------------------------- one by one
+    # ------------------------------------------------------------- each on its own
+
+    def _alone(self, action: OwnAction) -> Awaitable[Result]:
+        match action:
+            case model.Persist():
+                return self._persist(action)
+            case model.Survey():
+                return self._survey()
+            case model.StopReceivers():
+                return self._stop_receivers()
+            case model.Freeze():
+                return self._freeze()
+            case model.Thaw():
+                return self._thaw()
+            case model.MountVolumes():
+                return self._world.volumes.mount(action.epoch)
+            case model.UnmountVolumes():
+                return self._world.volumes.unmount(action.epoch)
 
     def _start(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
         self._keep(asyncio.ensure_future(self._report(numbered, work)))

@@ -659,9 +659,7 @@ def _mark(
     )
 
 
-def _changed_since(
-    changes: Published | None, mark: Mark
-) -> tuple[tuple[bytes, ...] | None, str]:
+def _changed_since(changes: Published | None, mark: Mark) -> tuple[tuple[bytes, ...] | None, str]:
     if changes is None:
         return None, "the source has no change journal"
     return changes.since(mark.changes_id, mark.changes_seq)

@@ -7,7 +7,7 @@ hangs hides no other volume. It writes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,14 @@ class Pair:
     paired: str
     """`paired`, `unpaired-here`, `unpaired-there`, or `new` (no identity on either side)."""
     differs: tuple[str, ...]
+
+    def obstacles(self) -> Iterator[str]:
+        """Why this volume forbids to move the service: it has no copy, or one side is not sound."""
+        if self.paired != "paired":
+            yield f"volume {self.name} has no copy ({self.paired}): `nfsha volumes`"
+        for where, one in (("here", self.here), ("there", self.there)):
+            if one is not None and (one.failing or one.read_only):
+                yield f"volume {self.name} {where}: {one.failing or 'mounted read-only'}"
 
 
 class Inventory:

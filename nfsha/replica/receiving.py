@@ -76,9 +76,9 @@ class Receiving:
         if step == self._step:
             return
         before, self._step = self._step, step
-        if isinstance(step, Approach) and isinstance(before, Approach):
-            if step.handover == before.handover:
-                return  # near enough: what runs goes on
+        both = isinstance(step, Approach) and isinstance(before, Approach)
+        if both and step is not None and before is not None and step.handover == before.handover:
+            return  # near enough: what runs goes on
         if self._task is not None:
             self._task.cancel()
             self._task = None

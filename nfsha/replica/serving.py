@@ -248,7 +248,9 @@ class Serving:
         before the ports were closed is answered, and its write seen by the change journals.
         """
         if self._offered.keys() - self.journals.keys():
-            names = (self._offered[uuid].name for uuid in self._offered.keys() - self.journals.keys())
+            names = (
+                self._offered[uuid].name for uuid in self._offered.keys() - self.journals.keys()
+            )
             return f"no change journal vouches for volume {', '.join(sorted(names))}"
         seen = -1
         while True:
