@@ -360,7 +360,8 @@ COMMANDS: tuple[Command, ...] = (
             ),
             CONFIG,
         ),
-        "Afterwards clients reach the NFS service on this machine's own addresses.",
+        "Afterwards clients reach the NFS service on this machine's own addresses. Volumes that "
+        "hooks mount are given up too, by the unmount hook.",
     ),
     Command(
         "fsm table", EXPLAIN, "list every rule by which nfsha decides",

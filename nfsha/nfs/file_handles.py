@@ -2,8 +2,9 @@
 
 A file handle holds the inode's number and generation. Copied files have others, so an old handle
 gives ESTALE after a move. On a filesystem that was cloned block by block the old handles are good;
-once files are copied over it they name whatever the copy put there. It opens nothing by a handle
-and changes nothing.
+once files are copied over it they name whatever the copy put there. btrfs counts its generations
+up, so that two fresh filesystems have equal handles by chance: the time of birth, which no copy
+takes along, tells them from a clone. It opens nothing by a handle and changes nothing.
 """
 
 from __future__ import annotations
@@ -34,15 +35,33 @@ _libc.name_to_handle_at.argtypes = [
     ctypes.POINTER(ctypes.c_int),
     ctypes.c_int,
 ]
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+]
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_STATX_BTIME: Final = 0x800  # linux/stat.h, as what follows
+_STATX_BYTES: Final = 256
+_STATX_MASK: Final = struct.Struct("I")
+_STATX_BIRTH: Final = struct.Struct("qI")
+_STATX_BIRTH_AT: Final = 80
+_NS_MAX: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """The name of something in a volume's root, and its handle in hexadecimal."""
+    """The name of something in a volume's root, its handle in hexadecimal, and its birth.
+
+    `birth_ns` is in nanoseconds since 1970; 0: the filesystem does not keep it.
+    """
 
     name: str
     handle: str
+    birth_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +88,11 @@ def read_handles(volume: str, root: Path, files: Sequence[str]) -> HandleFacts:
         names = [*sorted(files), *(name for name in folders if name not in files)]
         own_mount = _handle_at(fd, "")[1]
         found = [(name, *_handle_at(fd, name)) for name in names if _is_there(fd, name)]
-        handles = tuple(Handle(name, raw.hex()) for name, raw, mount in found if mount == own_mount)
+        handles = tuple(
+            Handle(name, raw.hex(), _birth_ns(fd, name))
+            for name, raw, mount in found
+            if mount == own_mount
+        )
     except OSError as error:
         return HandleFacts(volume, (), f"{root}: {error.strerror}")
     finally:
@@ -110,6 +133,19 @@ def _handle_at(fd: int, name: str) -> tuple[bytes, int]:
     return buffer.raw[: _HEADER.size + _HEADER.unpack_from(buffer)[0]], mount.value
 
 
+def _birth_ns(fd: int, name: str) -> int:
+    """When it was made (statx(2)), or 0. Raises OSError."""
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    path = os.fsencode(name)
+    if _libc.statx(fd, path, _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, buffer) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if not _STATX_MASK.unpack_from(buffer)[0] & _STATX_BTIME:
+        return 0
+    seconds, nanoseconds = _STATX_BIRTH.unpack_from(buffer, _STATX_BIRTH_AT)
+    return max(0, int(seconds) * 1_000_000_000 + int(nanoseconds))
+
+
 def clone_objections(here: HandleFacts, there: HandleFacts) -> tuple[Objection, ...]:
     """Says whether the two are, or were, the same blocks; only for copies that nfsha makes.
 
@@ -119,8 +155,9 @@ def clone_objections(here: HandleFacts, there: HandleFacts) -> tuple[Objection, 
     if here.trouble or there.trouble:
         remedy = "make the volume readable: else nobody can tell a clone of blocks from a copy"
         return (Objection(what, here.trouble or "read", remedy, there.trouble or "read"),)
-    right = {one.handle: one.name for one in there.handles}
-    equal = [(one.name, right[one.handle]) for one in here.handles if one.handle in right]
+    right = {(one.handle, one.birth_ns): one.name for one in there.handles}
+    keys = [(one.name, (one.handle, one.birth_ns)) for one in here.handles]
+    equal = [(name, right[key]) for name, key in keys if key in right]
     if not equal:
         return ()
     remedy = (
@@ -135,7 +172,10 @@ def as_json(facts: HandleFacts) -> Document:
     """Returns the facts as JSON can carry them, to the other node or to a command."""
     return {
         "volume": facts.volume,
-        "handles": [{"name": one.name, "handle": one.handle} for one in facts.handles],
+        "handles": [
+            {"name": one.name, "handle": one.handle, "birth_ns": one.birth_ns}
+            for one in facts.handles
+        ],
         "trouble": facts.trouble,
     }
 
@@ -151,5 +191,5 @@ def from_json(document: object) -> HandleFacts:
 
 
 def _handle_from_json(document: object) -> Handle:
-    fields = Fields("a file handle", document, "name", "handle")
-    return Handle(fields.text("name"), fields.text("handle"))
+    fields = Fields("a file handle", document, "name", "handle", "birth_ns")
+    return Handle(fields.text("name"), fields.text("handle"), fields.number("birth_ns", _NS_MAX))

@@ -3,7 +3,8 @@
 While this node serves it looks every two seconds who is connected, and tells when that changed.
 Once it has opened its service it sends tickles (`nfsha.vip.tickle`) to those that the server before
 it had. When it has given the VIPs away it destroys its own connections there: the next time that
-this node serves, an old one would answer the client for minutes instead of resetting it.
+this node serves, an old one would answer the client for minutes instead of resetting it. Where the
+kernel cannot do that, it resets them when it serves again (`nfsha.vip.local_reset`).
 
 It must not decide who serves: it asks before each batch of tickles, and stops at a no.
 """
@@ -17,9 +18,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from nfsha.vip import connections, sockdiag
+from nfsha.vip import connections, local_reset, sockdiag
 from nfsha.vip.connections import ClientList, ConnectionsError, Places
-from nfsha.vip.sockdiag import DiagError
+from nfsha.vip.sockdiag import LEFT, LISTED, DiagError, Entry
 from nfsha.vip.tickle import TickleSocket
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _T = TypeVar("_T")
 LOOK_EVERY_S: Final = 2.0
 """How often connections are listed while this node serves: 0.03 % of a core."""
 
-TICKLE_AT_MS: Final = (0, 100, 300, 700, 1500, 3000)
+TICKLE_AT_MS: Final = (0, 100, 300, 600, 1500, 3000)
 """When tickles go out, in ms from the opening. A client answers one of them each 0.5 s
 (tcp_invalid_ratelimit), and its first answer goes astray while its neighbours believe that the VIP
 is where it was."""
@@ -42,7 +43,7 @@ _PAUSE_S: Final = 0.004
 """So many tickles, and then a pause: 8,000 a second at most, and 0.5 ms of the loop at a time."""
 
 DESTROYS: Final = "SOCK_DESTROY"
-CANNOT: Final = "none: this kernel was built without INET_DIAG_DESTROY"
+RESETS: Final = "local reset, when it serves again (the kernel lacks INET_DIAG_DESTROY)"
 
 
 class Reconnect:
@@ -77,6 +78,8 @@ class Reconnect:
         self._known: tuple[bytes, ...] = ()
         self._told: ClientList | None = None
         self._saved = ClientList(0)
+        self._old: dict[bytes, bytes] = {}
+        """Connections of an earlier time of serving that the kernel could not end, by their key."""
         self._looked_ms: int | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._means = ""
@@ -106,7 +109,7 @@ class Reconnect:
         except DiagError as error:
             self._means = f"none: {error}"
         else:
-            self._means = DESTROYS if able else CANNOT
+            self._means = DESTROYS if able else RESETS
         log.info("connections at a VIP that was given away are ended by: %s", self._means)
         if not adopted:
             await self.end_own()
@@ -144,9 +147,10 @@ class Reconnect:
         closed door, and wait longer before it knocks again. Takes `END_WITHIN_S` at most; what is
         not done by then is done a little later.
         """
-        if self._means != DESTROYS:
+        if self._means not in (DESTROYS, RESETS):
             return
-        ending = asyncio.ensure_future(self._end_own())
+        work = self._end_own() if self._means == DESTROYS else self._note_old()
+        ending = asyncio.ensure_future(work)
         self._tasks.append(ending)
         self._watch(ending)
         await asyncio.wait([ending], timeout=END_WITHIN_S)
@@ -160,6 +164,11 @@ class Reconnect:
         self.ended += ended
         if ended:
             log.info("%d connections of clients to the VIPs ended here", ended)
+
+    async def _note_old(self) -> None:
+        found = await self._list(LEFT)
+        if found is not None:
+            self._old = {entry.key: entry.connection for entry in found}
 
     # ------------------------------------------------------------- what the other node has
 
@@ -190,16 +199,16 @@ class Reconnect:
         if found is None:
             return
         self._looked_ms = self._clock_ms()
-        self._known = connections.newest(self._known, found, self._places)
+        there = [entry.connection for entry in found if entry.key not in self._old]
+        self._known = connections.newest(self._known, there, self._places)
         await self._tell(len(self._known))
 
-    async def _list(self) -> list[bytes] | None:
+    async def _list(self, states: int = LISTED) -> list[Entry] | None:
         try:
-            found = await self._in_thread(_listed, self._places)
+            return await self._in_thread(sockdiag.connections, self._places, states)
         except DiagError as error:
             self._note(str(error))
             return None
-        return found
 
     async def _tell(self, total: int) -> None:
         told = ClientList(self._period, self._known[-connections.CONNECTIONS_MAX :], total)
@@ -221,15 +230,34 @@ class Reconnect:
         for at_ms in TICKLE_AT_MS:
             await asyncio.sleep(max(0, began_ms + at_ms - self._clock_ms()) / 1000)
             targets = dict.fromkeys([*self._saved.connections, *former])
-            if not targets:
+            if not targets and not self._old:
                 continue
-            for one in await self._list() or ():
-                targets.pop(one, None)
+            old = await self._reset_old()
+            for entry in await self._list() or ():
+                if entry.key not in old:
+                    targets.pop(entry.connection, None)
             if not await self._round([*targets][-connections.CONNECTIONS_MAX :]):
                 return
         if self._saved.connections:
             log.info("the clients of the node before, told to connect anew: %d", self._saved.total)
         self._saved = ClientList(self._saved.period)
+
+    async def _reset_old(self) -> dict[bytes, bytes]:
+        """Resets what the kernel could not end; returns what is left of it."""
+        if not self._old:
+            return self._old
+        there = {entry.key for entry in await self._list(LEFT) or ()}
+        self._old = {key: one for key, one in self._old.items() if key in there}
+        listed = [*self._old.values()]
+        for start in range(0, len(listed), local_reset.AT_ONCE):
+            if self._sender is None or not self._allowed():
+                break
+            some = listed[start : start + local_reset.AT_ONCE]
+            try:
+                self.ended += await self._in_thread(local_reset.reset, some, self._sender)
+            except OSError as error:
+                self._note(f"old connections were not reset: {error.strerror}")
+        return self._old
 
     async def _round(self, targets: Sequence[bytes]) -> bool:
         """One tickle for each; False if this node may not any more."""
@@ -289,10 +317,6 @@ class Reconnect:
         for task in self._cancel():
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-def _listed(places: Places) -> list[bytes]:
-    return [entry.connection for entry in sockdiag.connections(places)]
 
 
 def _by_client(listed: Sequence[bytes], places: Places) -> list[dict[str, Any]]:

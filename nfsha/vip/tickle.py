@@ -25,6 +25,8 @@ _TCP: Final = struct.Struct("!HHIIBBHHH")  # RFC 9293 section 3.1
 _IPV4: Final = struct.Struct("!BBHHHBBH4s4s")
 _IPV6: Final = struct.Struct("!IHBB16s16s")
 _OFFSET: Final = (_TCP.size // 4) << 4
+SYN: Final = 0x02
+RST: Final = 0x04
 _ACK: Final = 0x10
 _WINDOW: Final = 8192  # not 0: should a number fit by chance, the client must not stop sending
 _HOPS: Final = 64
@@ -64,23 +66,23 @@ class TickleSocket:
         for one in connections:
             ends = ends_of(one)
             try:
-                self._send(ends)
+                self.put(ends.client, tickle(ends, *struct.unpack("=II", os.urandom(8))))
             except OSError as error:  # no route, a full queue: the next round tries again
                 trouble = f"{ends.client}: {error.strerror}"
             else:
                 sent += 1
         return sent, trouble
 
-    def _send(self, ends: Ends) -> None:
-        packet = tickle(ends, *struct.unpack("=II", os.urandom(8)))
-        if isinstance(ends.client, IPv4Address):
-            self._sockets[socket.AF_INET].sendto(packet, (str(ends.client), 0))
+    def put(self, to: Vip, packet: bytes) -> None:
+        """Sends one whole packet. Raises OSError."""
+        if isinstance(to, IPv4Address):
+            self._sockets[socket.AF_INET].sendto(packet, (str(to), 0))
             return
         sockets = self._sockets.get(socket.AF_INET6)
         if sockets is None:
             raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
-        scope = socket.if_nametoindex(self._interface) if ends.client.is_link_local else 0
-        sockets.sendto(packet, (str(ends.client), 0, 0, scope))
+        scope = socket.if_nametoindex(self._interface) if to.is_link_local else 0
+        sockets.sendto(packet, (str(to), 0, 0, scope))
 
 
 def tickle(ends: Ends, sequence: int, acknowledged: int) -> bytes:
@@ -89,9 +91,14 @@ def tickle(ends: Ends, sequence: int, acknowledged: int) -> bytes:
     The numbers may be any. Other ones in each round: a pair that the client takes for a good one
     (one chance in some ten thousand) does nothing at all.
     """
-    segment = _segment(ends, sequence, acknowledged, 0)
+    return bare(ends, sequence, acknowledged, _ACK)
+
+
+def bare(ends: Ends, sequence: int, acknowledged: int, flags: int) -> bytes:
+    """A packet from the VIP to the client that holds a segment without data."""
+    segment = _segment(ends, sequence, acknowledged, flags, 0)
     check = checksum(_pseudo(ends.vip, ends.client, len(segment)) + segment)
-    segment = _segment(ends, sequence, acknowledged, check)
+    segment = _segment(ends, sequence, acknowledged, flags, check)
     if isinstance(ends.vip, IPv4Address):
         return _ipv4(ends, len(segment)) + segment
     header = _IPV6.pack(
@@ -114,9 +121,9 @@ def checksum(data: bytes) -> int:
     return total ^ 0xFFFF
 
 
-def _segment(ends: Ends, sequence: int, acknowledged: int, check: int) -> bytes:
+def _segment(ends: Ends, sequence: int, acknowledged: int, flags: int, check: int) -> bytes:
     return _TCP.pack(
-        ends.port, ends.client_port, sequence, acknowledged, _OFFSET, _ACK, _WINDOW, check, 0
+        ends.port, ends.client_port, sequence, acknowledged, _OFFSET, flags, _WINDOW, check, 0
     )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -16,13 +14,11 @@ import pytest
 from nfsha.nfs import exports, file_handles
 from nfsha.nfs.clients import Stray, strays
 from nfsha.nfs.exports import ExportFacts
-from nfsha.nfs.file_handles import clone_objections, read_handles
+from nfsha.nfs.file_handles import HandleFacts, clone_objections
 from tests.netns.lab import Lab
-from tests.netns.labkit.holder import Disk
 from tests.netns.labkit.network import PLACES, VIP
-from tests.netns.labkit.nfs_server import make_disks
-from tests.netns.labkit.place import Place
 from tests.netns.labkit.storage_node import StorageNode
+from tests.netns.namespaces import run
 
 IDENTITY = ".nfsha-volume"
 
@@ -113,53 +109,69 @@ def test_a_client_past_the_vip_is_found(lab: Lab) -> None:
 
 # --- file handles
 
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    """Three volumes: one with files, its clone block by block, and a copy of the files."""
-    disks = make_disks(tmp_path, ("server", "other"), ("data",), size_mib=16)
-    (source,), (copy,) = disks["server"], disks["other"]
-    home = tmp_path / "server"
-    first = Place("server", f"handles-{os.getpid()}", home, (source,))
-    try:
-        first.make_namespace()
-        first.boot()
-        root = first.path("/nfs/data")
-        (root / IDENTITY).write_text("an identity\n")
-        for name in ("web", "mail"):
-            (root / name).mkdir()
-        first.run("umount", "/nfs/data")
-    finally:
-        first.remove()
-    shutil.copyfile(source.image, tmp_path / "clone.img")
-    three = (source, Disk(str(tmp_path / "clone.img"), "/nfs/clone"), Disk(copy.image, "/nfs/copy"))
-    second = Place("server", f"handles-{os.getpid()}", tmp_path / "again", three)
-    try:
-        second.make_namespace()
-        second.boot()
-        second.run("cp", "-a", "/nfs/data/.", "/nfs/copy/")
-        yield second
-    finally:
-        second.remove()
+SIZE_MIB = {"ext4": 16, "xfs": 310, "btrfs": 120}
+MKFS = {"ext4": ["-q"], "xfs": ["-q"], "btrfs": ["-q", "--mixed"]}
 
 
-def test_a_clone_of_blocks_is_told_from_a_copy_of_files(place: Place) -> None:
-    def handles(name: str) -> file_handles.HandleFacts:
-        return read_handles("data", place.path(f"/nfs/{name}"), [IDENTITY])
+@pytest.fixture(params=SIZE_MIB)
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
+    """Three sparse images of one kind: with files, its clone block by block, and an empty one."""
+    kind = request.param
+    paths = [tmp_path / f"{name}.img" for name in ("data", "clone", "copy")]
+    data, clone, copy = paths
+    for image in (data, copy):
+        image.touch()
+        os.truncate(image, SIZE_MIB[kind] << 20)
+        run(f"mkfs.{kind}", *MKFS[kind], str(image))
+    run("unshare", "-m", "bash", "-ec", _FILL, "fill", str(data), str(tmp_path))
+    run("cp", "--sparse=always", str(data), str(clone))
+    return paths
 
-    source = handles("data")
+
+_FILL = """
+mkdir "$2/mnt"
+mount -o loop "$1" "$2/mnt"
+echo "an identity" > "$2/mnt/.nfsha-volume"
+mkdir "$2/mnt/web" "$2/mnt/mail"
+umount "$2/mnt"
+"""
+
+_HANDLES = """
+import json, sys
+from pathlib import Path
+from nfsha.nfs.file_handles import as_json, read_handles
+print(json.dumps(as_json(read_handles("data", Path(sys.argv[1]), [".nfsha-volume"]))))
+"""
+
+
+_LOOK = """
+mount -o loop "$1" "$2/mnt"
+(cd "$2/mnt" && eval "$3")
+"$4" -c "$5" "$2/mnt"
+umount -R "$2/mnt"
+"""
+
+
+def look(image: Path, before: str = ":") -> HandleFacts:
+    """Mounts an image, alone, for a command of the shell in it and a look at its handles."""
+    argv = [str(image), str(image.parent), before, sys.executable, _HANDLES]
+    done = run("unshare", "-m", "bash", "-ec", _LOOK, "look", *argv)
+    return file_handles.from_json(json.loads(done))
+
+
+def test_a_clone_of_blocks_is_told_from_a_copy_of_files(images: list[Path]) -> None:
+    data, clone, copy = images
+    source = look(data)
     assert [one.name for one in source.handles] == [IDENTITY, "mail", "web"]
-    assert clone_objections(source, handles("copy")) == ()
-    (objection,) = clone_objections(source, handles("clone"))
+    assert clone_objections(source, look(copy, "mkdir mail web; echo x > .nfsha-volume")) == ()
+    (objection,) = clone_objections(source, look(clone))
     assert objection.here == "those of '.nfsha-volume', 'mail', 'web'"
 
     # Also where only folders tell it: the identity was written after the clone was made.
-    identity = place.path(f"/nfs/clone/{IDENTITY}")
-    identity.unlink()
-    identity.write_text("an identity\n")
-    (objection,) = clone_objections(source, handles("clone"))
+    late = "rm .nfsha-volume; echo x > .nfsha-volume"
+    (objection,) = clone_objections(source, look(clone, late))
     assert objection.here == "those of 'mail', 'web'"
 
     # What is mounted in it belongs to another volume.
-    place.run("mount", "-t", "tmpfs", "tmpfs", "/nfs/data/web")
-    assert [one.name for one in handles("data").handles] == [IDENTITY, "mail"]
+    inner = look(data, "mount -t tmpfs tmpfs web")
+    assert [one.name for one in inner.handles] == [IDENTITY, "mail"]

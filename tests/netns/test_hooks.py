@@ -6,6 +6,7 @@ A lock stands for DRBD's single primary: a node that holds it is the only one th
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import time
@@ -224,3 +225,22 @@ def test_a_daemon_killed_while_it_serves_finds_the_volume_mounted(pair: HookedPa
     assert pair.replica.log("a") == [*ran, "begin unmount", "end unmount"]
     assert not pair.mounted("a")
     pair.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
+
+
+def test_release_gives_up_what_a_killed_daemon_left(pair: HookedPair) -> None:
+    pair.settle()
+    killed_ms = pair.now_ms()
+    pair.daemon("a").kill()
+    pair.wait_row("b", "H50", killed_ms)
+    assert pair.mounted("a")
+    failing = pair.lab.a.path("/etc/nfsha/unmount")
+    failing.rename(failing.with_name("kept"))
+    done = pair.lab.a.nfsha("release", check=False)
+    assert done.returncode == 1
+    assert "the volumes are not given up: unmount hook: /etc/nfsha/unmount" in done.stderr
+    assert not pair.lab.a.holds()
+    failing.with_name("kept").rename(failing)
+    released = json.loads(pair.lab.a.nfsha("release", "--json").stdout)
+    assert released["volumes"] == "given up"
+    assert not pair.mounted("a")
+    pair.wait_phase("b", "ACTIVE", since_ms=killed_ms)

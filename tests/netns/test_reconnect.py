@@ -19,7 +19,7 @@ import pytest
 from nfsha.host.clock import now_ms
 from nfsha.vip import connections, sockdiag
 from nfsha.vip.connections import ClientList, Ends, Places, ends_of
-from nfsha.vip.reconnect import DESTROYS, TICKLE_AT_MS, Reconnect
+from nfsha.vip.reconnect import DESTROYS, RESETS, TICKLE_AT_MS, Reconnect
 from nfsha.vip.rtnetlink import Vip
 from tests.netns.lab import Lab
 from tests.netns.labkit.network import VIP
@@ -89,8 +89,9 @@ class EchoServer:
 class Client:
     """Asks a byte each 20 ms, and connects anew when it is reset, as an NFS client does."""
 
-    def __init__(self, namespace: Namespace, address: Vip) -> None:
+    def __init__(self, namespace: Namespace, address: Vip, port: int = 0) -> None:
         self.answers: list[float] = []
+        self._port = port
         self.ports: list[int] = []
         self._namespace = namespace
         self._address = address
@@ -102,8 +103,11 @@ class Client:
     def _connected(self) -> socket.socket:
         family = socket.AF_INET if self._address.version == 4 else socket.AF_INET6
         made = socket.socket(family, socket.SOCK_STREAM)
-        made.settimeout(0.05)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(("", self._port))
+        made.settimeout(0.5)
         made.connect((str(self._address), PORT))
+        made.settimeout(0.05)
         self.ports.append(made.getsockname()[1])
         return made
 
@@ -160,9 +164,9 @@ class Lan:
         self.closing.callback(one.close)
         return one
 
-    def dial(self, address: Vip) -> Client:
+    def dial(self, address: Vip, port: int = 0) -> Client:
         with inside(self.client):
-            return self.keep(Client(self.client, address))
+            return self.keep(Client(self.client, address, port))
 
     def hold(self, node: Namespace) -> None:
         node.ip("address", "add", f"{V4}/32", "dev", "e0")
@@ -188,6 +192,22 @@ def lan() -> Iterator[Lan]:
         made = Lan(bridge, one, two, client)
         with made.closing:
             yield made
+
+
+class Told:
+    """A driver, and what it told; to be started inside a node."""
+
+    def __init__(self) -> None:
+        self.published: list[bytes] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.driver = Reconnect(
+            "e0",
+            PLACES,
+            now_ms,
+            allowed=lambda: True,
+            publish=self.published.append,
+            watch=self.tasks.append,
+        )
 
 
 def run(
@@ -345,6 +365,52 @@ def test_woken_clients_are_back_at_once_and_others_are_not(lan: Lan) -> None:
     assert [client.first_after(moment) for client in asleep] == [None, None]
     assert driver.tickles % 2 == 0
     assert driver.tickles <= 2 * len(TICKLE_AT_MS)
+
+
+@pytest.mark.parametrize("means", [DESTROYS, RESETS], ids=["destroyed", "reset"])
+def test_a_client_that_keeps_its_port_goes_there_and_back(
+    lan: Lan, means: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kernels' NFS clients do: the server before has a connection of the same ends."""
+    monkeypatch.setattr(sockdiag, "can_destroy", lambda: means == DESTROYS)
+    nodes = {lan.one: Told(), lan.two: Told()}
+    stalls: list[float] = []
+
+    async def move(old: Namespace, new: Namespace) -> None:
+        nodes[old].driver.closed()
+        old.exec("nft", DROP)
+        lan.release(old)
+        await nodes[old].driver.end_own()
+        await asyncio.sleep(1.8)  # the client tries after 1.5 s, and then after 3.2 s
+        new.exec("nft", "add table inet freeze; delete table inet freeze")
+        lan.hold(new)
+        lan.point(new)
+        moment = time.monotonic()
+        await nodes[new].driver.heard(nodes[old].published[-1])
+        nodes[new].driver.opened()
+        await until(lambda: all(one.first_after(moment) for one in clients), 5.0)
+        stalls.extend((one.first_after(moment) or 0) - moment for one in clients)
+
+    async def scene() -> None:
+        for node, told in nodes.items():
+            with inside(node):
+                await told.driver.start(adopted=True)
+            assert told.driver.means == means
+        nodes[lan.one].driver.opened()
+        await until(lambda: bool(nodes[lan.one].published), 3.0)
+        await move(lan.one, lan.two)
+        await move(lan.two, lan.one)
+        for told in nodes.values():
+            await told.driver.close()
+            assert [t for t in told.tasks if not t.cancelled() and t.exception()] == []
+
+    lan.hold(lan.one)
+    lan.point(lan.one)
+    clients = [lan.dial(V4, 700), lan.dial(V6, 701)]
+    asyncio.run(scene())
+    assert max(stalls) < 1.0, stalls
+    assert [one.ports for one in clients] == [[700] * 3, [701] * 3]
+    assert nodes[lan.one].driver.ended == 2
 
 
 def test_a_node_that_may_not_serve_wakes_nobody(lan: Lan) -> None:

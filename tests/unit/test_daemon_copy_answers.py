@@ -16,7 +16,6 @@ import pytest
 from nfsha.cli import client, render_volumes
 from nfsha.cli.main import main
 from nfsha.cli.words import Style
-from nfsha.daemon import copy_answers
 from nfsha.daemon.copy_answers import PART_BYTES, PART_ENTRIES, STATUS_ALARMS, CopyAnswers
 from nfsha.host import control
 from nfsha.replica.quarantine import Quarantine, QuarantineError
@@ -59,9 +58,12 @@ class Many:
         self.failing: list[str] = []
         self.stores: dict[str, Path] = {}
         self.inventory = SimpleNamespace(here=[], by_name=lambda _: None)
+        self.looked = asyncio.Event()
 
     def facts(self) -> Facts:
-        return {"volumes": list(self.listed), "replication": {"mode": "target", "why": ""}}
+        self.looked.set()
+        now = [one | {"sync": one["sync"].copy()} for one in self.listed]
+        return {"volumes": now, "replication": {"mode": "target", "why": ""}}
 
     def alarms(self) -> dict[str, str]:
         return {
@@ -74,11 +76,13 @@ class Many:
         return [one["uuid"] for one in self.listed]
 
     async def sync(self, _name: str | None, *, wait: bool, **_more: object) -> list[Any]:
+        self.looked.clear()
         return [asyncio.ensure_future(self._pass(one)) for one in self.listed] if wait else []
 
     async def _pass(self, one: Facts) -> bool:
         one["sync"]["state"] = "running"
-        await asyncio.sleep(copy_answers.SHOW_EVERY_S * 1.5 if one["name"].endswith("7") else 0)
+        if one["name"].endswith("7"):
+            await self.looked.wait()
         one["sync"]["state"] = "idle"
         return True
 

@@ -30,7 +30,7 @@ EXPORTS = ExportFacts(
         Export("/nfs/b", (), None, None, "the server says: this host may not mount it"),
     ),
 )
-HANDLES = HandleFacts("data", (Handle(".nfsha-volume", "08"), Handle("web\udcff", "09")))
+HANDLES = HandleFacts("data", (Handle(".nfsha-volume", "08", 17), Handle("web\udcff", "09", 0)))
 
 TRAVELLERS = [
     (FENCE, v3_fence.as_json, v3_fence.from_json),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from nfsha.nfs.file_handles import (
@@ -26,6 +27,8 @@ def test_handles_of_the_known_file_and_the_first_folders(tmp_path: Path) -> None
     assert names == [IDENTITY, *(f"folder-{number:02}" for number in range(FOLDERS_MAX))]
     assert len({one.handle for one in facts.handles}) == len(names)
     assert facts == read_handles("data", tmp_path, [IDENTITY, "missing"])
+    now_ns = time.time_ns()
+    assert all(now_ns - 60_000_000_000 < one.birth_ns <= now_ns for one in facts.handles)
 
 
 def test_a_volume_that_cannot_be_read_proves_nothing(tmp_path: Path) -> None:
@@ -37,8 +40,9 @@ def test_a_volume_that_cannot_be_read_proves_nothing(tmp_path: Path) -> None:
     assert no_handles.trouble == "/proc/sys: its filesystem has no file handles"
 
 
-def facts(**handles: str) -> HandleFacts:
-    return HandleFacts("data", tuple(Handle(name, handle) for name, handle in handles.items()))
+def facts(birth_ns: int = 7, **handles: str) -> HandleFacts:
+    made = (Handle(name, handle, birth_ns) for name, handle in handles.items())
+    return HandleFacts("data", tuple(made))
 
 
 def test_other_handles_are_a_copy_of_files() -> None:
@@ -49,6 +53,10 @@ def test_one_equal_handle_is_a_clone_of_blocks() -> None:
     (objection,) = clone_objections(facts(a="01", b="02"), facts(a="03", b="02"))
     assert objection.here == "those of 'b'"
     assert "cloned block by block" in objection.remedy
+
+
+def test_equal_handles_of_files_that_were_born_at_other_times_are_chance() -> None:
+    assert clone_objections(facts(7, a="01"), facts(8, a="01")) == ()
 
 
 def test_a_handle_that_leads_to_another_name_is_found_too() -> None:
