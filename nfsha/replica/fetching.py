@@ -370,6 +370,7 @@ class Fetching:
             done = _mark(uuid, epoch, facts, changes, outcome, full=folders is None)
             if reason.kind is Kind.FULL and not resync and changes is not None:
                 copy.missed_by_journal += await self._missed(copy, epoch, changes, outcome, scratch)
+            copy.folders = folders
             await self._completed(copy, here, done)
             return
         self._not_completed(copy, outcome)
@@ -478,28 +479,30 @@ class Fetching:
 
     # ------------------------------------------------------------- proving
 
-    async def prove(self, uuid: str, epoch: Epoch, before: Mark, mark: Mark) -> str:
+    async def prove(self, uuid: str, epoch: Epoch, mark: Mark) -> str:
         """Says in what the copy differs from a source that stands still, or "".
 
-        The folders that changed since `before` are compared by content, and the source's journal
-        must know of no change since `mark`, also after that.
+        The folders of the last pass are compared by content, and the source's journal must know of
+        no change since its `mark`.
         """
         scratch = self._scratch / f"{uuid}-proof"
+        folders = self.copies[uuid].folders
         await asyncio.to_thread(_fresh_folder, scratch)
         try:
-            facts, changes = await self._published(uuid, epoch, scratch)
-            here = self._guard(uuid, epoch, facts)
-            folders, why = _changed_since(changes, before)
-            if folders is None:
-                return why
             if folders:
+                here = self._inventory.by_uuid(uuid)
+                if here is None:
+                    return "it is not mounted here any more"
                 different = await self._compare(here, epoch, folders, scratch)
                 if different:
                     return different
-                _, changes = await self._published(uuid, epoch, scratch)
-            late, why = _changed_since(changes, mark)
+            facts, changes = await self._published(uuid, epoch, scratch)
+            self._guard(uuid, epoch, facts)
         except (RefusedError, *TROUBLES) as error:
             return str(error)
+        if changes is None:
+            return "the source has no change journal"
+        late, why = changes.since(mark.changes_id, mark.changes_seq)
         if late is None:
             return why
         return f"{shown(late[0])} changed after the freeze" if late else ""
@@ -657,12 +660,6 @@ def _mark(
         changes_id=changes.journal_id if changes is not None else "",
         changes_seq=changes.last if changes is not None else 0,
     )
-
-
-def _changed_since(changes: Published | None, mark: Mark) -> tuple[tuple[bytes, ...] | None, str]:
-    if changes is None:
-        return None, "the source has no change journal"
-    return changes.since(mark.changes_id, mark.changes_seq)
 
 
 def _fresh_folder(path: Path) -> None:

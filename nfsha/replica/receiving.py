@@ -170,23 +170,21 @@ class Receiving:
     # ------------------------------------------------------------- equal
 
     async def _finish(self, step: Finish) -> None:
-        before = dict(self._marks())
         volumes = tuple(self._fetching.copies)
         trouble = await self._passes_of(volumes, Kind.ORDINARY)
         if trouble:
             raise FarError(trouble)
-        proofs = (self._prove(uuid, step.epoch, before.get(uuid)) for uuid in volumes)
-        await asyncio.gather(*proofs)
+        await asyncio.gather(*(self._prove(uuid, step.epoch) for uuid in volumes))
 
-    async def _prove(self, uuid: str, epoch: Epoch, before: Mark | None) -> None:
+    async def _prove(self, uuid: str, epoch: Epoch) -> None:
         name = self._name_of(uuid)
         mark = self._marks().get(uuid)
-        if before is None or mark is None or mark.epoch != epoch or before.epoch != epoch:
+        if mark is None or mark.epoch != epoch:
             raise FarError(f"volume {name} is not a whole replica")
         if mark.walk != "folders":
             raise FarError(
                 f"volume {name}: the giver's change journal could not vouch for the last pass"
             )
-        difference = await self._fetching.prove(uuid, epoch, before, mark)
+        difference = await self._fetching.prove(uuid, epoch, mark)
         if difference:
             raise FarError(f"volume {name} is not proved equal: {difference}")

@@ -25,6 +25,7 @@ from typing import Final
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica import subvolumes
+from nfsha.replica.beneath import sync_filesystem
 from nfsha.replica.durable import read_small_at, temporary_name, write_durably_at
 from nfsha.replica.mountinfo import (
     MOUNTINFO,
