@@ -25,7 +25,7 @@ def release(args: argparse.Namespace) -> Answer:
 
     Volumes that hooks mount are given up either way.
     """
-    settings = load_settings(args)
+    settings = _load_settings(args)
     path = settings.paths.runtime / client.SOCKET_NAME
     if args.if_stopped and not asyncio.run(systemd.is_final_stop(systemd.own_unit())):
         text = "nothing to do: the daemon starts again, and until then its leases decide"
@@ -53,6 +53,21 @@ def release(args: argparse.Namespace) -> Answer:
         raise CommandError(Exit.CANNOT, f"{answer.text}; the volumes are not given up: {trouble}")
     data = {**(answer.data or {}), "volumes": "given up"}
     return Answer(f"{answer.text}; the volumes are given up", data)
+
+
+def _load_settings(args: argparse.Namespace) -> Settings:
+    try:
+        return load_settings(args)
+    except CommandError as error:
+        if not args.if_stopped:
+            raise
+        # Where the start was refused for it, all of it stands in the journal already.
+        raise CommandError(
+            error.exit,
+            "the configuration cannot be used: what a daemon left ends with its leases",
+            "nfsha check-config",
+            error.data,
+        ) from None
 
 
 def _answer(settings: Settings, removed: Sequence[IPAddress], *, keep_rules: bool) -> Answer:

@@ -23,6 +23,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Final
@@ -49,6 +50,7 @@ from nfsha.replica.deletions import (
     ruling,
 )
 from nfsha.replica.exits import Complaints, Ending, Verdict, judge
+from nfsha.replica.filling import watch_filling
 from nfsha.replica.mountinfo import at_and_below, read_mounts, visible
 from nfsha.replica.progress import Progress, ProgressReader, Stage, Stats, StatsError, Tail
 from nfsha.replica.stall import Activity, StallWatch, activity
@@ -389,7 +391,8 @@ class Pull:
                 argv = course.copy(
                     make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s, aside=aside
                 )
-                run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
+                async with self._onlooker(reader, aside=aside):
+                    run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
                 if not self._again or self._ending or run.ending.verdict is not Verdict.KILLED:
                     self._tally.add_copy(run, reader.last)
                     return run
@@ -399,6 +402,18 @@ class Pull:
         finally:
             if aside:
                 await asyncio.to_thread(_drop_incoming, root_fd)
+
+    def _onlooker(
+        self, reader: ProgressReader, *, aside: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Who tells of a copy that tells nothing itself."""
+        if aside:
+            return contextlib.nullcontext()
+
+        def grown(done: int, files: int) -> None:
+            self._report(reader.grown(done, files, self._clock_ms()))
+
+        return watch_filling(self.request.root_fd, grown)
 
     def _reporter(self, reader: ProgressReader) -> Callable[[bytes], None]:
         def take(line: bytes) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 
 from nfsha.host.clock import now_ms
-from nfsha.vip import connections, sockdiag
+from nfsha.vip import connections, reconnect, sockdiag
 from nfsha.vip.connections import ClientList, Ends, Places, ends_of
 from nfsha.vip.reconnect import DESTROYS, RESETS, TICKLE_AT_MS, Reconnect
 from nfsha.vip.rtnetlink import Vip
@@ -268,13 +268,16 @@ def test_only_clients_of_the_vips_are_listed_of_both_families(lan: Lan) -> None:
     assert len(found) == 2
 
 
-def test_a_serving_node_tells_who_came_and_who_went(lan: Lan) -> None:
+def test_a_serving_node_tells_who_came_and_who_went(
+    lan: Lan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnect, "LOOK_EVERY_S", 0.2)
     lan.hold(lan.one)
     lan.point(lan.one)
     first = lan.dial(V4)
 
     async def body(driver: Reconnect, published: list[bytes]) -> None:
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(0.5)
         assert published == [], "a node that does not serve tells nothing"
         driver.opened()
         await until(lambda: len(published) == 1, 3.0)
@@ -291,7 +294,7 @@ def test_a_serving_node_tells_who_came_and_who_went(lan: Lan) -> None:
         await until(lambda: len(published) == 3, 1.0)
         (left,) = decoded(published[2]).connections
         assert ends_of(left).client_port == second.ports[0]
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(0.5)
         assert len(published) == 3
         assert driver.tickles == 0
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica import filling
 from nfsha.replica.arguments import Course, From, folder_list
 from nfsha.replica.exits import Ending, Verdict
 from nfsha.replica.progress import Progress, Stage
@@ -281,6 +283,51 @@ def test_progress_knows_the_total_of_the_plan_and_an_eta(pair: Pair) -> None:
     assert seen[0].stage is Stage.PLAN
     assert seen[-1].stage is Stage.CHECK
     assert sorted(each.bytes for each in copying) == [each.bytes for each in copying]
+
+
+def test_a_first_copy_tells_how_the_filesystem_fills_and_writes_it_out_meanwhile(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[float] = []
+    monkeypatch.setattr(filling, "SYNC_FROM_BYTES", 1)
+    monkeypatch.setattr(filling, "sync_filesystem", lambda _: synced.append(time.monotonic()))
+    (pair.source / "large").write_bytes(os.urandom(3 << 20))
+    seen: list[Progress] = []
+    outcome = pair.full(
+        limits=limits(target_empty=True),
+        expected_bytes=3 << 20,
+        bandwidth_kib_s=1500,
+        progress=seen.append,
+    )
+    assert outcome.verdict is Verdict.COMPLETE, outcome
+    copying = [each for each in seen if each.stage is Stage.COPY]
+    assert any(each.eta_s and each.rate_bytes_s and 0 < (each.percent or 0) < 100
+               for each in copying)  # fmt: skip
+    assert copying[-1].bytes >= 3 << 20
+    assert synced[-1] - synced[0] > 0.5  # of 2 s that it takes
+    assert pair.differences() == []
+
+
+def test_a_first_copy_that_was_cut_goes_on_where_it_was(pair: Pair) -> None:
+    (pair.source / "large").write_bytes(os.urandom(3 << 20))
+
+    far_enough = asyncio.Event()
+
+    def look(news: Progress) -> None:
+        if news.bytes > 1 << 20:
+            far_enough.set()
+
+    async def cut(one: Pull) -> None:
+        await far_enough.wait()
+        await one.end()
+
+    outcome = pair.full(
+        limits=limits(target_empty=True), bandwidth_kib_s=1000, progress=look, meanwhile=cut
+    )
+    assert outcome.verdict is Verdict.KILLED, outcome
+    assert 0 < (pair.target / "large").stat().st_size < 3 << 20
+    assert pair.full().wire_bytes < 11 << 18  # of 12
+    assert pair.differences() == []
 
 
 def test_another_bandwidth_takes_hold_while_it_copies(pair: Pair) -> None:
@@ -692,6 +739,7 @@ def test_partial_files_that_nothing_needs_are_deleted_and_are_in_no_plan(pair: P
     write(pair.source / "keep")
     write(pair.source / ".nfsha-partial" / "of the source")
     pair.first()
+    assert not (pair.target / ".nfsha-partial").exists()
     for folder in (".", "a", "b"):
         write(pair.target / folder / ".nfsha-partial" / "old")
     (pair.source / "b" / "file").unlink()
