@@ -292,7 +292,7 @@ class Replicator:
         if self.fetching.epoch != flow.epoch:
             self.fetching.begin(flow.epoch)
         self.fetching.may_start = flow.start
-        if came:
+        if came and not flow.proved:  # who holds the same data can wait for its schedule
             self.fetching.start_all()
 
     def _source_of(self, epoch: Epoch) -> From:
