@@ -68,8 +68,8 @@ MAX_FILE_BYTES: Final = 1 << 20
 
 _LONG_EVERY_MS: Final = 3_600_000
 _LONG_FULL_EVERY_MS: Final = 86_400_000
-_LONG_HOOK_MS: Final = 80_000
-"""TimeoutStopSec= of the shipped service is 90 s."""
+_LONG_HOOK_MS: Final = 60_000
+"""TimeoutStopSec= of the shipped service is 90 s: time for a hook, and for its end by force."""
 _ALL_PERCENT: Final = 100
 
 MAX_PROBLEMS: Final = 50

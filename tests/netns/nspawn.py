@@ -359,6 +359,14 @@ def remove_cgroup(name: str) -> None:
             time.sleep(0.02)
 
 
+def sweep_cgroups() -> None:
+    """Removes the control groups of machines whose maker is dead (and they with it)."""
+    for group in _cgroup_root().glob(f"{CGROUP_PREFIX}*"):
+        name = group.name.removeprefix(CGROUP_PREFIX)
+        if kernel.start_time(int(name.split("-")[0])) is None:
+            remove_cgroup(name)
+
+
 def cgroups_left() -> list[Path]:
     """Control groups of machines that this process made."""
     return list(_cgroup_root().glob(f"{CGROUP_PREFIX}{os.getpid()}-*"))
@@ -372,6 +380,7 @@ class MachineLab(Lab):
         self._unmounted = unmounted
 
     def _make(self, folder: Path) -> None:
+        sweep_cgroups()
         opt = folder / "opt"
         install(opt)
         made = make_disks(folder, ("a", "b"), self.volumes, self._volume_mib)

@@ -597,6 +597,11 @@ def test_a_single_link_wants_its_risk_accepted() -> None:
             '[sync]\nquarantine_drop = true\nquarantine_max_size = "9GB"',
             "files that exist nowhere else are deleted",
         ),
+        (
+            'replication = "off"\n[nfs]\nmounts = ["/nfs/a"]\n[hooks]\nmount = "/a"\n'
+            'unmount = "/b"\ntimeout = "2m"',
+            'hooks.timeout is "2m": a stop of the daemon waits so long',
+        ),
     ],
 )
 def test_other_accepted_risks_are_named(lines: str, words: str) -> None:
