@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple
@@ -123,17 +123,6 @@ def _address(packed: bytes) -> Vip:
     if packed.startswith(MAPPED):
         return IPv4Address(packed[len(MAPPED) :])
     return IPv6Address(packed)
-
-
-def newest(known: Iterable[bytes], found: Iterable[bytes], places: Places) -> tuple[bytes, ...]:
-    """The clients' connections that are there now, oldest first; `known` is the answer before.
-
-    The kernel tells no age, so new is what was not there before; of what is new at once, none is
-    newer.
-    """
-    there = dict.fromkeys(found)
-    stayed = [one for one in known if there.pop(one, False) is None]
-    return (*stayed, *(one for one in there if places.has_client(one)))
 
 
 def encode(told: ClientList) -> bytes:

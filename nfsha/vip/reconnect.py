@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from nfsha.vip import connections, local_reset, sockdiag
 from nfsha.vip.connections import ClientList, ConnectionsError, Places
-from nfsha.vip.sockdiag import LEFT, LISTED, DiagError, Entry
+from nfsha.vip.sockdiag import LEFT, LISTED, DiagError, Entry, Watch
 from nfsha.vip.tickle import TickleSocket
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ is where it was."""
 END_WITHIN_S: Final = 1.0
 """How long the way of the VIPs waits for the end of old connections: 4,096 take 0.1 s."""
 
-_AT_ONCE: Final = 32
-_PAUSE_S: Final = 0.004
+_AT_ONCE: Final = 16
+_PAUSE_S: Final = 0.002
 """So many tickles, and then a pause: 8,000 a second at most, and 0.5 ms of the loop at a time."""
 
 DESTROYS: Final = "SOCK_DESTROY"
@@ -75,6 +75,7 @@ class Reconnect:
         self._sender: TickleSocket | None = None
         self._open = False
         self._period = 0
+        self._watching = Watch(places)
         self._known: tuple[bytes, ...] = ()
         self._told: ClientList | None = None
         self._saved = ClientList(0)
@@ -184,7 +185,8 @@ class Reconnect:
         if told.connections and not self._open and self._known:
             # It served after this node did: who was connected here is of no use any more.
             self._known = ()
-            await self._tell(0)
+            self._watching = Watch(self._places)
+            await self._tell()
 
     # ------------------------------------------------------------- looking
 
@@ -195,13 +197,15 @@ class Reconnect:
 
     async def _look(self) -> None:
         """Lists who is connected, and tells the other node when that changed."""
-        found = await self._list()
-        if found is None:
+        try:
+            found = await self._in_thread(self._watching.look, self._old)
+        except DiagError as error:
+            self._note(str(error))
             return
         self._looked_ms = self._clock_ms()
-        there = [entry.connection for entry in found if entry.key not in self._old]
-        self._known = connections.newest(self._known, there, self._places)
-        await self._tell(len(self._known))
+        if found is not None:
+            self._known = found
+        await self._tell()
 
     async def _list(self, states: int = LISTED) -> list[Entry] | None:
         try:
@@ -210,8 +214,9 @@ class Reconnect:
             self._note(str(error))
             return None
 
-    async def _tell(self, total: int) -> None:
-        told = ClientList(self._period, self._known[-connections.CONNECTIONS_MAX :], total)
+    async def _tell(self) -> None:
+        listed = self._known[-connections.CONNECTIONS_MAX :]
+        told = ClientList(self._period, listed, len(self._known))
         if told != self._told:
             self._told = told
             self._publish(await self._in_thread(connections.encode, told))

@@ -1,9 +1,9 @@
 """The kernel's TCP connections: lists those at the VIPs, and destroys them (linux/inet_diag.h).
 
 One netlink socket for each question, closed after it. Everything here blocks, if only inside the
-kernel: for a thread. A list costs 0.4 ms of CPU on a machine whose table of connections has room
-for 262,144, and 3 us for each connection found. pyroute2 takes 0.1 ms for each, so that only its
-numbers are used.
+kernel: for a thread. A look costs 0.4 ms of CPU on a machine whose table of connections has room
+for 262,144, and 1 us for each connection that was known already. pyroute2 takes 0.1 ms for each, so
+that only its numbers are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,9 +67,10 @@ _STEP: Final = struct.Struct("=BBH")  # inet_diag_bc_op: code, bytes to go on ye
 _BYTECODE: Final = 1  # INET_DIAG_REQ_BYTECODE
 _JUMP: Final = 1  # INET_DIAG_BC_JMP
 _PORT_IS: Final = 11  # INET_DIAG_BC_S_EQ, since Linux 4.16
-_MESSAGE_BYTES: Final = 72  # inet_diag_msg
-_ID_OFFSET: Final = 4
+_LENGTH_AND_TYPE: Final = struct.Struct("=IH")  # the beginning of nlmsghdr
 _ID_BYTES: Final = 48  # inet_diag_sockid: ports, source, destination, interface, cookie
+_KEY_OFFSET: Final = _HEADER.size + 4  # in inet_diag_msg, after family, state, timer, retransmits
+_KEY_END: Final = _KEY_OFFSET + _ID_BYTES
 
 
 class DiagError(Exception):
@@ -85,17 +86,54 @@ class Entry:
     key: bytes
 
 
+class Watch:
+    """Who is connected, look by look: only what is new is taken apart."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._keys: dict[int, set[bytes]] = {}
+        self._clients: dict[bytes, bytes] = {}
+
+    def look(self, without: Container[bytes]) -> tuple[bytes, ...] | None:
+        """The clients' connections, by when they were first seen; None if nothing has changed.
+
+        The kernel tells no age, so new is what was not there before; of what is new at once, none
+        is newer. `without`: keys of connections that do not count. Raises DiagError.
+        """
+        keys = _keys(self._places, LISTED)
+        if keys == self._keys:
+            return None
+        there = set().union(*keys.values())
+        self._clients = {key: one for key, one in self._clients.items() if key in there}
+        for family, found in keys.items():
+            for key in found - self._keys.get(family, set()):
+                one = _connection(family, key)
+                if key not in without and self._places.has(one) and self._places.has_client(one):
+                    self._clients[key] = one
+        self._keys = keys
+        return tuple(dict.fromkeys(self._clients.values()))
+
+
 def connections(places: Places, states: int = LISTED) -> list[Entry]:
-    """The TCP connections at these places, at most `SOCKETS_MAX`. Raises DiagError."""
-    found: list[Entry] = []
-    for family in (socket.AF_INET, socket.AF_INET6):  # IPv6 sockets serve mapped IPv4 clients too
+    """The TCP connections at these places. Raises DiagError."""
+    found = (
+        Entry(_connection(family, key), family, key)
+        for family, keys in _keys(places, states).items()
+        for key in keys
+    )
+    return [entry for entry in found if places.has(entry.connection)]
+
+
+def _keys(places: Places, states: int) -> dict[int, set[bytes]]:
+    """The keys of all connections at these ports, by family, at most `SOCKETS_MAX` of each.
+
+    Sockets of IPv6 serve mapped IPv4 clients too.
+    """
+    wanted = _wanted(places.ports.values())
+    found: dict[int, set[bytes]] = {}
+    for family in (socket.AF_INET, socket.AF_INET6):
         with _Line() as line:
-            for message in line.dump(family, states, _wanted(places.ports.values())):
-                entry = _entry(message)
-                if places.has(entry.connection):
-                    found.append(entry)
-                if len(found) >= SOCKETS_MAX:
-                    return found
+            found[family] = set(line.dump(family, states, wanted))
     return found
 
 
@@ -169,19 +207,25 @@ class _Line:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def dump(self, family: int, states: int, wanted: bytes) -> Iterator[bytes]:
-        """The messages of one list, whole."""
+    def dump(self, family: int, states: int, wanted: bytes) -> list[bytes]:
+        """The keys of one list. Plain and without calls: thousands of connections go through it."""
         request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states, bytes(_ID_BYTES))
         self._send([(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, request + wanted)])
-        while True:
-            for kind, payload in self._receive():
-                if kind == NLMSG_DONE:
-                    return
-                if kind == NLMSG_ERROR:
-                    code = _code(payload)
+        found: list[bytes] = []
+        while len(found) < SOCKETS_MAX:
+            data = self._recv()
+            at = 0
+            while at < len(data):
+                length, kind = _LENGTH_AND_TYPE.unpack_from(data, at)
+                if kind == SOCK_DIAG_BY_FAMILY:
+                    found.append(data[at + _KEY_OFFSET : at + _KEY_END])
+                elif kind == NLMSG_DONE:
+                    return found
+                elif kind == NLMSG_ERROR:
+                    code = _code(data[at + _HEADER.size :])
                     raise DiagError(f"inet_diag lists no connections: {os.strerror(code)}")
-                if kind == SOCK_DIAG_BY_FAMILY and len(payload) >= _MESSAGE_BYTES:
-                    yield payload
+                at += max(_HEADER.size, length + 3 & ~3)
+        return found
 
     def destroy(self, entries: Sequence[Entry]) -> list[int]:
         """Asks for the end of a few; an errno for each."""
@@ -206,13 +250,16 @@ class _Line:
         except OSError as error:
             raise DiagError(f"inet_diag cannot be asked: {error.strerror}") from error
 
-    def _receive(self) -> Iterator[tuple[int, bytes]]:
+    def _recv(self) -> bytes:
         try:
-            data = self._socket.recv(_BUFFER_BYTES)
+            return self._socket.recv(_BUFFER_BYTES)
         except BlockingIOError as error:
             raise DiagError(f"inet_diag gave no answer within {_ANSWER_WITHIN_S} s") from error
         except OSError as error:
             raise DiagError(f"inet_diag gave no answer: {error.strerror}") from error
+
+    def _receive(self) -> Iterator[tuple[int, bytes]]:
+        data = self._recv()
         at = 0
         while at + _HEADER.size <= len(data):
             length, kind, _, _, _ = _HEADER.unpack_from(data, at)
@@ -236,14 +283,12 @@ def _wanted(ports: Iterable[int]) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(steps), _BYTECODE) + steps
 
 
-def _entry(message: bytes) -> Entry:
-    family = message[0]
-    key = message[_ID_OFFSET : _ID_OFFSET + _ID_BYTES]
+def _connection(family: int, key: bytes) -> bytes:
     if family == socket.AF_INET:
         server, client = MAPPED + key[4:8], MAPPED + key[20:24]
     else:
         server, client = key[4:20], key[20:36]
-    return Entry(server + key[:2] + client + key[2:4], family, key)
+    return server + key[:2] + client + key[2:4]
 
 
 def _code(payload: bytes) -> int:

@@ -434,7 +434,7 @@ def test_a_node_that_may_not_serve_wakes_nobody(lan: Lan) -> None:
         driver.opened()
         await until(lambda: len(asked) >= 3, 2.0)
         await asyncio.sleep(0.5)
-        assert (len(asked), driver.tickles) == (3, 64)  # two batches of 32, and then a no
+        assert (len(asked), driver.tickles) == (3, 32)  # two batches of 16, and then a no
 
     run(lan.one, body, allowed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import struct
 import zlib
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -21,7 +20,6 @@ from nfsha.vip.connections import (
     decode,
     encode,
     ends_of,
-    newest,
 )
 
 V4, V6 = IPv4Address("192.0.2.100"), IPv6Address("2001:db8::100")
@@ -134,18 +132,3 @@ def test_any_bytes_end_in_a_list_or_a_refusal(noise: bytes) -> None:
         except ConnectionsError:
             continue
         assert all(PLACES.has(one) and PLACES.has_client(one) for one in told.connections)
-
-
-def test_a_list_is_ordered_by_when_a_connection_was_first_seen() -> None:
-    rng = random.Random(1)
-    known: tuple[bytes, ...] = ()
-    for there in ({3}, {3, 1}, {3, 1, 2}, {1, 2}, {1, 2, 3}):
-        found = [four(number) for number in there]
-        rng.shuffle(found)
-        known = newest(known, found, PLACES)
-    assert known == (four(1), four(2), four(3))
-
-
-def test_connections_of_this_machine_to_itself_are_no_clients() -> None:
-    own = connection(Ends(V4, 2049, V4, 700))
-    assert newest((), [own, four(1)], PLACES) == (four(1),)
