@@ -222,7 +222,8 @@ class Replicator:
     async def _end_serving(self) -> None:
         task, self._serving_task = self._serving_task, None
         if task is not None:
-            task.cancel()
+            if not task.cancelling():  # a second time would break off the end of the first
+                task.cancel()
             # Not `await task`: its end and the cancelling of who waits here would look alike.
             await asyncio.wait([task])
 

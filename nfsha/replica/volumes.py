@@ -537,13 +537,15 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
 
 
 def stamped_at_ns(facts: VolumeFacts) -> int:
-    """The ctime of a volume's stamp, which nothing can set: two filesystems never share it.
+    """The ctimes of a volume's stamp and identity, summed: two filesystems never share them.
 
-    Raises VolumeError, OSError.
+    Nothing can set them. The stamp's alone does not do: after a handover both nodes may write one
+    within the same tick of their clocks. Raises VolumeError, OSError.
     """
     root_fd = open_root(facts)
     try:
-        return os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
+        own = (STAMP_NAME, IDENTITY_NAME)
+        return sum(os.stat(x, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns for x in own)
     finally:
         os.close(root_fd)
 
