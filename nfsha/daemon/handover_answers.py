@@ -56,7 +56,9 @@ class HandoverAnswers:
         if engine is None:
             return None
         state = engine.state
-        theirs = state.report.handover if state.report is not None else None
+        heard = lease.peer_heard(state, self._shell.world.clock_ms())
+        report = state.report if heard else None
+        theirs = report.handover if report is not None else None
         epoch = state.handover or state.prepared or theirs
         if epoch is None and not state.asks:
             return None
@@ -66,7 +68,7 @@ class HandoverAnswers:
         return {
             "epoch": epoch.number if epoch is not None else None,
             "to": str(epoch.authority if epoch is not None else state.me.other),
-            "step": str(state.phase if here else state.report.phase if state.report else ""),
+            "step": str(state.phase if here else report.phase if report is not None else ""),
             "passes": receiving.passes if receiving is not None else 0,
             "last_pass_ms": receiving.last_pass_ms if receiving is not None else 0,
         }

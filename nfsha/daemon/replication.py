@@ -41,6 +41,7 @@ class Replication:
         self._inbox = inbox
         self._sessions = (0, 0)
         self._phase = Phase.STARTING
+        self._takes_a_copy = False
         self._packing: asyncio.Task[None] | None = None
         self._next_facts: dict[str, Any] | None = None
         self.replicator: Replicator | None = None
@@ -79,7 +80,9 @@ class Replication:
         self._sessions = (state.session, state.peer_session)
         self.replicator.follow(flow(state, now_ms), state.durable.epoch)
         if state.phase is not self._phase:
-            if self._phase is Phase.TAKEOVER and state.phase is Phase.ACTIVE:
+            if state.phase is Phase.TAKEOVER:
+                self._takes_a_copy = not state.is_authority
+            if state.phase is Phase.ACTIVE and self._phase is Phase.TAKEOVER and self._takes_a_copy:
                 for window in self.replicator.takeover_windows():
                     log.warning("takeover: %s", window)
             self._phase = state.phase
