@@ -1,11 +1,13 @@
 """A block replica that one node only can have mounted, moved by hooks; both daemons, real mounts.
 
 The replica is one ext4 image that either node can mount through a loop device: they share a kernel.
-A lock stands for DRBD's single primary: a node that holds it is the only one that may mount.
+A lock stands for DRBD's single primary: a node that holds it is the only one that may mount. The
+NFS server runs all the time; the hooks export the volume and take it back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 from tests.netns.lab import ROLES, Lab
 from tests.netns.labkit.network import VIP
+from tests.netns.labkit.records import RecordWriter, read_records
 from tests.netns.pair import BUSY_MS, TAKEOVER_AFTER_MS, Event, Pair
 
 VOLUME = "/nfs/replica"
@@ -36,15 +39,30 @@ ln -s "$NFSHA_ROLE" {lock} 2>{null} || test "$(readlink {lock})" = "$NFSHA_ROLE"
 test "$NFSHA_MOUNTS" = {volume}
 mkdir -p {volume}
 mountpoint -q {volume} || mount -o loop {image} {volume}
+grep -q {volume} {ganesha} || echo {export} >>{ganesha}
+kill -HUP "$(cat /run/ganesha.pid)"
+until nfs-ls {url} >{null} 2>&1; do sleep 0.02; done
 echo "end $NFSHA_HOOK" >>{log}
 """
 UNMOUNT = """#!/bin/sh -e
 echo "begin $NFSHA_HOOK" >>{log}
 while test -e {slow}; do sleep 0.02; done
-! mountpoint -q {volume} || umount {volume}
+sed -i /Export_Id=9/d {ganesha}
+kill -HUP "$(cat /run/ganesha.pid)"
+until ! mountpoint -q {volume} || umount {volume}; do sleep 0.02; done
 test "$(readlink {lock})" != "$NFSHA_ROLE" || rm {lock}
 echo "end $NFSHA_HOOK" >>{log}
 """
+TAKE_AWAY = f"""
+sed -i /Export_Id=9/d /etc/ganesha/ganesha.conf
+kill -HUP "$(cat /run/ganesha.pid)"
+until umount {VOLUME}; do sleep 0.02; done
+"""
+EXPORT = (
+    f"EXPORT {{ Export_Id=9; Path={VOLUME}; Pseudo={VOLUME}; Access_Type=RW; Squash=none;"
+    " SecType=sys; Protocols=3; FSAL { Name=VFS; } }"
+)
+URL = f"nfs://127.0.0.1{VOLUME}?version=3&nfsport=2049&mountport=20048"
 MOUNT_MS = 1000
 """What a mount may take here beside two busy cores, with the program that does it."""
 
@@ -54,6 +72,10 @@ class Replica:
     """The shared image, its lock, and what the hooks of both nodes did."""
 
     folder: Path
+
+    @property
+    def image(self) -> Path:
+        return self.folder / "image"
 
     @property
     def lock(self) -> Path:
@@ -77,9 +99,12 @@ class Replica:
             "broken": self.broken(node),
             "slow": self.slow(node),
             "lock": self.lock,
-            "image": self.folder / "image",
+            "image": self.image,
             "volume": VOLUME,
             "null": "/dev/null",
+            "ganesha": "/etc/ganesha/ganesha.conf",
+            "export": EXPORT,
+            "url": URL,
         }
         quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
         for name, text in (("mount", MOUNT), ("unmount", UNMOUNT)):
@@ -95,9 +120,8 @@ class HookedPair(Pair):
         super().__init__(lab, mounts=(VOLUME,), tables=HOOKS)
         self.replica = Replica(lab.folder / "replica")
         self.replica.folder.mkdir()
-        image = self.replica.folder / "image"
-        subprocess.run(["truncate", "-s", "32M", image], check=True)
-        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, timeout=60)
+        subprocess.run(["truncate", "-s", "32M", self.replica.image], check=True)
+        subprocess.run(["mkfs.ext4", "-q", "-F", self.replica.image], check=True, timeout=60)
         for node in ROLES:
             self.replica.write_hooks(lab, node)
 
@@ -105,9 +129,18 @@ class HookedPair(Pair):
         table = self.lab.node(node).path("/proc/1/mountinfo").read_text()
         return f" {VOLUME} " in table
 
-    def file(self, node: str) -> Path:
-        """A file on the replica, by way of a node."""
-        return self.lab.node(node).path(f"{VOLUME}/file")
+    def write_records(self) -> RecordWriter:
+        """A client that writes to the replica through the VIP."""
+        writer = RecordWriter(self.lab.c, export=VOLUME)
+        writer.wait_acked(10)
+        return writer
+
+    def assert_all_there(self, writer: RecordWriter) -> None:
+        """What was acknowledged before and after the move is there, and nothing has failed."""
+        writer.wait_acked(10)
+        records = writer.stop()
+        assert not records.failed
+        assert set(records.acked) <= set(read_records(self.lab.c, export=VOLUME))
 
     def wait_row(self, node: str, row: str, since_ms: int, within_s: float = 10.0) -> Event:
         return self.wait_event(
@@ -115,9 +148,13 @@ class HookedPair(Pair):
         )
 
     def power_cut(self, node: str) -> int:
-        """As the lab's; and the replica's other side learns that this one is gone."""
+        """As the lab's; then the replica's other side learns that this one is gone."""
         since_ms = self.now_ms()
         self.lab.power_cut(node)
+        deadline = time.monotonic() + 10
+        while _has_loop_device(self.replica.image):  # the kernel lives on: it lets go a bit later
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         self.replica.lock.unlink()
         return since_ms
 
@@ -130,6 +167,14 @@ class HookedPair(Pair):
     def alarms(self, node: str) -> dict[str, str]:
         told = self.lab.node(node).status()["alarms"]
         return {one["name"]: one["text"] for one in told}
+
+
+def _has_loop_device(image: Path) -> bool:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # detached meanwhile
+            if backing.read_text().strip().startswith(str(image)):
+                return True
+    return False
 
 
 @pytest.fixture
@@ -146,12 +191,11 @@ def test_a_crash_is_taken_over_with_the_volume(pair: HookedPair) -> None:
     assert pair.replica.log("b") == ["begin unmount", "end unmount"], "whatever was left"
     rows = pair.rows("a")
     assert rows.index("W26") < rows.index("H10") < rows.index("W20")
-    pair.file("a").write_text("written at a")
-    subprocess.run(["sync", "-f", pair.file("a")], check=True)
+    writer = pair.write_records()
     died_ms = pair.power_cut("a")
     served = pair.wait_phase("b", "ACTIVE", since_ms=died_ms)
     assert served.at_ms - died_ms <= TAKEOVER_AFTER_MS + 100 + MOUNT_MS + BUSY_MS
-    assert pair.file("b").read_text() == "written at a"
+    pair.assert_all_there(writer)
     rows = pair.rows("b", died_ms)
     assert rows.index("T12") < rows.index("H10") < rows.index("T10") < rows.index("T20")
     pair.assert_never_two()
@@ -159,7 +203,7 @@ def test_a_crash_is_taken_over_with_the_volume(pair: HookedPair) -> None:
 
 def test_a_planned_stop_hands_the_volume_over_once_it_is_given_up(pair: HookedPair) -> None:
     pair.settle()
-    pair.file("a").write_text("written at a")
+    writer = pair.write_records()
     pair.replica.slow("a").touch()
     stopped_ms = pair.now_ms()
     daemon = pair.daemon("a")
@@ -174,7 +218,7 @@ def test_a_planned_stop_hands_the_volume_over_once_it_is_given_up(pair: HookedPa
     assert daemon.wait(10) == 0
     assert not pair.mounted("a")
     pair.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
-    assert pair.file("b").read_text() == "written at a"
+    pair.assert_all_there(writer)
     pair.assert_never_two()
     assert not pair.alarms("b").get("mount-failed")
 
@@ -200,7 +244,7 @@ def test_a_node_whose_mount_hook_fails_does_not_serve_and_says_why(pair: HookedP
 def test_a_volume_that_vanishes_is_not_served_any_more_but_mounted_anew(pair: HookedPair) -> None:
     pair.settle()
     gone_ms = pair.now_ms()
-    pair.lab.a.run("umount", VOLUME)
+    pair.lab.a.run("sh", "-c", TAKE_AWAY)
     fault = pair.wait_phase("a", "FAULT", since_ms=gone_ms)
     assert f"nothing is mounted at {VOLUME}" in fault.detail
     pair.wait_row("a", "H20", fault.at_ms)
