@@ -44,6 +44,7 @@ __all__ = [
     "RSYNC",
     "ConfigError",
     "Firewall",
+    "Handover",
     "Hooks",
     "IPAddress",
     "Link",
