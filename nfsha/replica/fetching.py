@@ -113,6 +113,7 @@ class Fetching:
         self.copies: dict[str, Copy] = {}
         self.epoch: Epoch | None = None
         self.may_start = False
+        self._late: dict[str, Reason] = {}
         self.bandwidth_kib_s: int | None = sync.bandwidth_kib_s
         self.bandwidth_set = False
         self._pulls: dict[str, Pull] = {}
@@ -132,10 +133,21 @@ class Fetching:
         self.epoch = epoch
         self.may_start = True
 
+    def let(self, *, start: bool) -> None:
+        """Whether passes may start: the source is there. When it comes back, the late ones do."""
+        self.may_start = start
+        if not start or self.epoch is None:
+            return
+        late, self._late = self._late, {}
+        for uuid, reason in late.items():
+            if uuid in self.copies:
+                self.schedule.trigger(uuid, reason)
+
     async def end(self) -> str:
         """Ends all passes; their processes are gone then. Returns what is stuck, or ""."""
         self.epoch = None
         self.may_start = False
+        self._late.clear()
         under_way: list[tuple[str, Pull | Verify]] = [
             *self._pulls.items(),
             *self._verifies.items(),
@@ -210,7 +222,11 @@ class Fetching:
     async def _run(self, uuid: str, reason: Reason) -> None:
         copy = self.copies.get(uuid)
         epoch = self.epoch
-        if copy is None or epoch is None or not self.may_start:
+        if copy is None or epoch is None:
+            return
+        if not self.may_start:
+            before = self._late.get(uuid)
+            self._late[uuid] = reason if before is None else before.with_(reason)
             return
         copy.state, copy.why = State.RUNNING, f"a pass by {reason.cause}"
         try:
@@ -256,7 +272,7 @@ class Fetching:
         scratch = self._scratch / copy.uuid
         await asyncio.to_thread(_fresh_folder, scratch)
         facts, changes = await self._published(copy.uuid, epoch, scratch)
-        await self._inventory.look()
+        await self._inventory.look_at(copy.uuid)
         here = self._guard(copy.uuid, epoch, facts)
         if here.stamp is not None and here.identity is not None:
             stamped_ns = await asyncio.to_thread(volumes.stamped_at_ns, here)
@@ -359,6 +375,7 @@ class Fetching:
             connect_timeout_s=self._sync.connect_timeout_s,
             name=f"volume {here.name}",
             expected_bytes=_used_bytes(facts, uuid),
+            is_replica=not resync,
         )
         if why_full:
             copy.full_walks[why_full] += 1
@@ -446,7 +463,7 @@ class Fetching:
         copy.attempts = 0
         copy.plan, copy.accepted, copy.said = None, None, ""
         copy.rest(State.IDLE, "up to date")
-        await self._inventory.look()
+        await self._inventory.look_at(copy.uuid)
         self._changed()
 
     def _untaint(self, uuid: str, epoch: Epoch) -> None:
