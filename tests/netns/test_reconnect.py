@@ -105,7 +105,7 @@ class Client:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(("", self._port))
-        made.settimeout(0.5)
+        made.settimeout(5)
         made.connect((str(self._address), PORT))
         made.settimeout(0.05)
         self.ports.append(made.getsockname()[1])
@@ -155,6 +155,10 @@ class Lan:
         for number, node in enumerate((one, two, client), start=1):
             connect(node, "e0", bridge, f"p{number}")
             bridge.ip("link", "set", f"p{number}", "master", "br0")
+            # Until duplicate address detection has ended, the link-local address cannot be used.
+            node.exec("sysctl", "-q", "-w", "net.ipv6.conf.e0.accept_dad=0")
+            node.ip("link", "set", "e0", "down")
+            node.ip("link", "set", "e0", "up")
             node.ip("address", "add", f"10.77.0.{number}/24", "dev", "e0")
             node.ip("address", "add", f"fd77::{number}/64", "dev", "e0", "nodad")
         self.closing = contextlib.ExitStack()
