@@ -305,6 +305,30 @@ def test_a_serving_node_tells_who_came_and_who_went(
     run(lan.one, body)
 
 
+def test_who_served_before_takes_its_list_back_when_the_other_one_has_clients(
+    lan: Lan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnect, "LOOK_EVERY_S", 0.1)
+    lan.hold(lan.one)
+    lan.point(lan.one)
+    lan.dial(V4)
+    elsewhere = connections.connection(Ends(V4, PORT, ip_address("10.77.0.3"), 5000))
+
+    async def body(driver: Reconnect, published: list[bytes]) -> None:
+        driver.opened()
+        await until(lambda: len(published) == 1, 3.0)
+        driver.closed()
+        await driver.heard(connections.encode(ClientList(1, (), 0)))
+        assert len(published) == 1, "one without clients may have been told before"
+        await driver.heard(connections.encode(ClientList(2, (elsewhere,), 1)))
+        await until(lambda: len(published) == 2, 1.0)
+        assert decoded(published[1]).connections == ()
+        saved = driver.facts()["saved"]
+        assert [one["client_ports"] for one in saved["clients"]] == [[5000]]
+
+    run(lan.one, body)
+
+
 # ------------------------------------------------------------------ ending
 
 
