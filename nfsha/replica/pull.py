@@ -88,7 +88,8 @@ class PassRequest:
     `folders`: relative to it, b"." for itself; each is compared one level deep. None: a full walk.
     `resync_backup`: a folder relative to the root where that goes which the pass overwrites or
     deletes. `longest_s`: no single run of rsync takes longer. `expected_bytes`: how much a first
-    copy will be, for its progress.
+    copy will be, for its progress. `is_replica`: what is there may be served after a takeover, be
+    it empty; so nothing half-received may lie where a client could see it.
     """
 
     uuid: str
@@ -104,6 +105,7 @@ class PassRequest:
     name: str = ""
     longest_s: int = _LONGEST_S
     expected_bytes: int | None = None
+    is_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,8 +381,8 @@ class Pull:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
         root_fd = self.request.root_fd
         # Beside their places is faster, but a killed rsync leaves files there that a client could
-        # see. A first copy may: it is no replica before its end, and the next pass deletes them.
-        aside = not self.request.limits.target_empty
+        # see. A first copy may: it is no replica before its end, and the next pass mends them.
+        aside = self.request.is_replica or not self.request.limits.target_empty
         if aside:
             await asyncio.to_thread(_make_incoming, root_fd)
         try:

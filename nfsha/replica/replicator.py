@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,12 +186,12 @@ class Replicator:
         if not _same_side(before, flow):
             # At once, not in the conductor's next round: what may not run any more is killed now.
             if isinstance(before, FETCHES):
-                self.fetching.may_start = False
+                self.fetching.let(start=False)
                 self._end_fetching()
             if self._serving_task is not None:
                 self._serving_task.cancel()
-        if isinstance(flow, Fetch):
-            self.fetching.may_start = flow.start
+        elif isinstance(flow, Fetch):
+            self.fetching.let(start=flow.start)
         self.receiving.follow(flow)
         if moved:
             self._changed()
@@ -289,11 +288,11 @@ class Replicator:
         await self.inventory.look()
 
     def _fetch(self, flow: Fetch) -> None:
-        came = flow.start and (self.fetching.epoch != flow.epoch or not self.fetching.may_start)
-        if self.fetching.epoch != flow.epoch:
+        came = self.fetching.epoch != flow.epoch
+        if came:
             self.fetching.begin(flow.epoch)
-        self.fetching.may_start = flow.start
-        if came and not flow.proved:  # who holds the same data can wait for its schedule
+        self.fetching.let(start=flow.start)
+        if came and flow.start and not flow.proved:  # who holds the same data can wait
             self.fetching.start_all()
 
     def _source_of(self, epoch: Epoch) -> From:
@@ -657,11 +656,8 @@ def _limited(store: Quarantine, limits: tuple[int | None, int | None], drop: boo
 
 
 def _in_quarantine(one: VolumeFacts, call: Callable[[Quarantine], Any]) -> Any:  # noqa: ANN401
-    root_fd = volumes.open_root(one)
-    try:
+    with volumes.root_of(one) as root_fd:
         return call(Quarantine(root_fd))
-    finally:
-        os.close(root_fd)
 
 
 def _same_side(one: Flow, other: Flow) -> bool:

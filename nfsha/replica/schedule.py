@@ -15,16 +15,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
+
+log = logging.getLogger(__name__)
+
+LOCAL_TIME = Path("/etc/localtime")
+"""The machine's time zone (tzset(3), localtime(5))."""
 
 GUARD_EVERY_S = 2.0
 """How often the wall clock is compared with the loop's: a step back stalls no longer than this."""
@@ -188,7 +196,7 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no type hint
 class _Cron(BaseTrigger):  # type: ignore[misc]  # APScheduler has no type hints
     """Fires at the next moment after now that the cron line names, however many were missed."""
 
-    def __init__(self, line: str, zone: tzinfo | None, jitter_ms: int) -> None:
+    def __init__(self, line: str, zone: tzinfo, jitter_ms: int) -> None:
         self._cron = CronTrigger.from_crontab(line, timezone=zone)
         self._jitter_ms = jitter_ms
 
@@ -518,6 +526,7 @@ class Schedule:
         if plan.every_ms is not None:
             found[Kind.ORDINARY] = _Every(now, plan.every_ms, plan.jitter_ms)
         elif plan.cron is not None:
+            self._zone = self._zone or local_zone()
             found[Kind.ORDINARY] = _Cron(plan.cron, self._zone, plan.jitter_ms)
         for kind in (Kind.FULL, Kind.VERIFY):
             period_ms = plan.period_ms(kind)
@@ -583,6 +592,25 @@ class Schedule:
         elif step > timedelta(0):
             return  # a moment that was jumped over is due now
         job.modify(next_run_time=trigger.get_next_fire_time(None, self._wall()))
+
+
+def local_zone() -> tzinfo:
+    """The time zone of this process, as tzset(3) finds it; UTC, with a warning, for any other.
+
+    APScheduler's own way refuses a machine whose /etc/timezone and /etc/localtime disagree.
+    """
+    name = os.environ.get("TZ")
+    if name == "":
+        return UTC
+    place = LOCAL_TIME if name is None else Path(name.removeprefix(":"))
+    try:
+        if not place.is_absolute():
+            return ZoneInfo(str(place))
+        with place.open("rb") as file:
+            return ZoneInfo.from_file(file, key=place.name)
+    except (OSError, LookupError, ValueError) as error:
+        log.warning("cron lines are taken for UTC: the zone %s cannot be read: %s", place, error)
+        return UTC
 
 
 def retry_wait_ms(attempt: int) -> int:

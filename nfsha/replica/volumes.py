@@ -13,6 +13,7 @@ did not come back (`nfsha.replica.survey` does that).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -69,6 +70,7 @@ __all__ = [
     "places",
     "read_identity",
     "read_stamp",
+    "root_of",
     "unanswering",
     "write_identity",
     "write_stamp",
@@ -443,6 +445,16 @@ def open_root(facts: VolumeFacts) -> int:
     return fd
 
 
+@contextlib.contextmanager
+def root_of(facts: VolumeFacts) -> Iterator[int]:
+    """`open_root` for the length of a block."""
+    fd = open_root(facts)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_identity(root_fd: int) -> str | None:
     """Returns the UUID in a volume's root; None if there is none.
 
@@ -485,8 +497,7 @@ def write_identity(facts: VolumeFacts, uuid: str, *, pair: bool = False) -> Volu
     """
     if not is_identity(uuid):
         raise VolumeError(f"{uuid!r} is no identity for {facts.path}, expected a UUID")
-    root_fd = open_root(facts)
-    try:
+    with root_of(facts) as root_fd:
         found = read_identity(root_fd)
         if found is not None and found != uuid:
             raise VolumeError(
@@ -499,18 +510,13 @@ def write_identity(facts: VolumeFacts, uuid: str, *, pair: bool = False) -> Volu
                 f"{uuid}\n# The identity of this volume for nfsha. Never edit, copy or remove it.\n"
             )
             _write_own(root_fd, facts, IDENTITY_NAME, text)
-    finally:
-        os.close(root_fd)
     return replace(facts, identity=uuid)
 
 
 def sync(facts: VolumeFacts) -> None:
     """Makes all that was written to the volume durable. It blocks. VolumeError, OSError."""
-    root_fd = open_root(facts)
-    try:
+    with root_of(facts) as root_fd:
         sync_filesystem(root_fd)
-    finally:
-        os.close(root_fd)
 
 
 def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
@@ -521,8 +527,7 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
     """
     if facts.identity is None:
         raise VolumeError(f"{facts.path} bears no identity, so it gets no stamp; pair it first")
-    root_fd = open_root(facts)
-    try:
+    with root_of(facts) as root_fd:
         found = read_stamp(root_fd)
         if found is not None and found.number > epoch.number:
             raise VolumeError(
@@ -532,8 +537,6 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
         if found != epoch:
             text = f"{epoch.number} {epoch.id} {epoch.authority}\n"
             _write_own(root_fd, facts, STAMP_NAME, text)
-    finally:
-        os.close(root_fd)
 
 
 def stamped_at_ns(facts: VolumeFacts) -> int:
@@ -542,12 +545,9 @@ def stamped_at_ns(facts: VolumeFacts) -> int:
     Nothing can set them. The stamp's alone does not do: after a handover both nodes may write one
     within the same tick of their clocks. Raises VolumeError, OSError.
     """
-    root_fd = open_root(facts)
-    try:
-        own = (STAMP_NAME, IDENTITY_NAME)
+    own = (STAMP_NAME, IDENTITY_NAME)
+    with root_of(facts) as root_fd:
         return sum(os.stat(x, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns for x in own)
-    finally:
-        os.close(root_fd)
 
 
 def _check_root(fd: int, facts: VolumeFacts) -> None:

@@ -105,7 +105,7 @@ class Client:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(("", self._port))
-        made.settimeout(0.5)
+        made.settimeout(5)
         made.connect((str(self._address), PORT))
         made.settimeout(0.05)
         self.ports.append(made.getsockname()[1])
@@ -155,6 +155,10 @@ class Lan:
         for number, node in enumerate((one, two, client), start=1):
             connect(node, "e0", bridge, f"p{number}")
             bridge.ip("link", "set", f"p{number}", "master", "br0")
+            # Until duplicate address detection has ended, the link-local address cannot be used.
+            node.exec("sysctl", "-q", "-w", "net.ipv6.conf.e0.accept_dad=0")
+            node.ip("link", "set", "e0", "down")
+            node.ip("link", "set", "e0", "up")
             node.ip("address", "add", f"10.77.0.{number}/24", "dev", "e0")
             node.ip("address", "add", f"fd77::{number}/64", "dev", "e0", "nodad")
         self.closing = contextlib.ExitStack()
@@ -297,6 +301,30 @@ def test_a_serving_node_tells_who_came_and_who_went(
         await asyncio.sleep(0.5)
         assert len(published) == 3
         assert driver.tickles == 0
+
+    run(lan.one, body)
+
+
+def test_who_served_before_takes_its_list_back_when_the_other_one_has_clients(
+    lan: Lan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconnect, "LOOK_EVERY_S", 0.1)
+    lan.hold(lan.one)
+    lan.point(lan.one)
+    lan.dial(V4)
+    elsewhere = connections.connection(Ends(V4, PORT, ip_address("10.77.0.3"), 5000))
+
+    async def body(driver: Reconnect, published: list[bytes]) -> None:
+        driver.opened()
+        await until(lambda: len(published) == 1, 3.0)
+        driver.closed()
+        await driver.heard(connections.encode(ClientList(1, (), 0)))
+        assert len(published) == 1, "one without clients may have been told before"
+        await driver.heard(connections.encode(ClientList(2, (elsewhere,), 1)))
+        await until(lambda: len(published) == 2, 1.0)
+        assert decoded(published[1]).connections == ()
+        saved = driver.facts()["saved"]
+        assert [one["client_ports"] for one in saved["clients"]] == [[5000]]
 
     run(lan.one, body)
 

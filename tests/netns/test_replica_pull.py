@@ -330,6 +330,32 @@ def test_a_first_copy_that_was_cut_goes_on_where_it_was(pair: Pair) -> None:
     assert pair.differences() == []
 
 
+def test_an_empty_replica_never_shows_what_is_half_received(pair: Pair) -> None:
+    """A volume without files is a replica too: it may be served in the middle of a pass."""
+    (pair.source / "large").write_bytes(os.urandom(1 << 20))
+    seen: set[str] = set()
+    begun = asyncio.Event()
+
+    def told(news: Progress) -> None:
+        if news.bytes > 100_000:
+            begun.set()
+
+    async def look(one: Pull) -> None:
+        await begun.wait()
+        seen.update(path.name for path in pair.target.iterdir())
+        await one.end()
+
+    outcome = pair.full(
+        limits=limits(target_empty=True), is_replica=True, bandwidth_kib_s=200,
+        meanwhile=look, progress=told,
+    )  # fmt: skip
+    assert outcome.verdict is Verdict.KILLED, outcome
+    seen.update(path.name for path in pair.target.iterdir())
+    assert seen <= {".nfsha-incoming", ".nfsha-partial"}, seen
+    assert pair.full().verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
 def test_another_bandwidth_takes_hold_while_it_copies(pair: Pair) -> None:
     (pair.source / "large").write_bytes(os.urandom(6 << 20))
 

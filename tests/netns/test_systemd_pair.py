@@ -240,8 +240,11 @@ def test_a_kill_in_the_middle_of_a_pass_leaves_no_rsync(duo: Duo) -> None:
 
 
 def _is_received(volume: Path, name: str) -> bool:
-    """Whether rsync's temporary file is there: beside its place, or in a folder for such."""
-    return any(list(place.glob(f".{name}.*")) for place in (volume, volume / ".nfsha-incoming"))
+    """Whether rsync's temporary file is there: beside its place, or in the folder for such.
+
+    Only the first has a dot in front (rsync: receiver.c, get_tmpname).
+    """
+    return any(volume.glob(f".{name}.*")) or any(volume.glob(f".nfsha-incoming/{name}.*"))
 
 
 def test_a_daemon_that_was_ended_by_hand_is_started_again(duo: Duo) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import apscheduler.schedulers.base
@@ -360,6 +361,34 @@ def test_a_cron_line_fires_by_local_time() -> None:
         await schedule.stop()
 
     simulated(run())
+
+
+@pytest.mark.parametrize(
+    ("zone", "hours", "warned"),
+    [
+        (None, 1, False), ("Asia/Tokyo", 9, False), (":Asia/Tokyo", 9, False), ("", 0, False),
+        ("/nowhere/zone", 0, True), ("No/Where", 0, True), ("CET-1CEST", 0, True),
+        ("../../etc/passwd", 0, True), ("/etc/passwd", 0, True), ("/etc", 0, True),
+    ],
+)  # fmt: skip
+def test_the_local_zone_is_found_as_libc_does_and_none_stops_the_daemon(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    zone: str | None,
+    hours: int,
+    warned: bool,
+) -> None:
+    local = tmp_path / "localtime"
+    local.symlink_to("/usr/share/zoneinfo/Europe/Berlin")
+    monkeypatch.setattr(module, "LOCAL_TIME", local)
+    if zone is None:
+        monkeypatch.delenv("TZ", raising=False)
+    else:
+        monkeypatch.setenv("TZ", zone)
+    found = datetime(2026, 1, 1, 12, tzinfo=module.local_zone()).utcoffset()
+    assert found == timedelta(hours=hours)
+    assert bool(caplog.messages) == warned
 
 
 LINES = {
