@@ -37,6 +37,10 @@ from typing import Final
 MARK: Final = "NFSHA_HOOK_SESSION"
 """The variable that bears the session's id in the environment of a hook and all that it starts."""
 
+STARTER: Final = "NFSHA_HOOK_STARTER"
+"""The variable that names who started it: PID namespace, pid, start time. Another daemon that lives
+runs its own hooks (in a namespace, say); they are left alone."""
+
 GRACE_S: Final = 2.0
 """Time between SIGTERM and SIGKILL."""
 
@@ -156,7 +160,7 @@ class _Run:
         self._path = path
         self._timeout_s = timeout_s
         self._argv = [*_START, str(path)]
-        self._environment = {"PATH": _PATH, "LC_ALL": "C"}
+        self._environment = {"PATH": _PATH, "LC_ALL": "C", STARTER: _name_of(os.getpid())}
         if under_systemd():
             self._argv = _transient_unit(path, environment, timeout_s)
         else:
@@ -317,12 +321,37 @@ def end_leftovers() -> str:
 
 
 def _sessions() -> set[int]:
-    """Sessions in which a hook runs: a process of it bears the session's own id as its mark."""
-    return {
-        session
-        for pid, session in _processes()
-        if _environment(pid).get(MARK.encode()) == str(session).encode()
-    }
+    """Sessions in which hooks run that this process, or one that is dead, has started.
+
+    A process of a hook bears its own session's id as its mark; one that left for another does not.
+    """
+    found = set()
+    for pid, session in _processes():
+        environment = _environment(pid)
+        if environment.get(MARK.encode()) != str(session).encode():
+            continue
+        if _is_ours_or_nobodys(environment.get(STARTER.encode(), b"").decode(errors="replace")):
+            found.add(session)
+    return found
+
+
+def _is_ours_or_nobodys(starter: str) -> bool:
+    own = _name_of(os.getpid())
+    namespace, _, rest = starter.partition(" ")
+    pid = rest.partition(" ")[0]
+    if namespace != own.partition(" ")[0] or not pid.isdigit():
+        return False
+    return starter == own or starter != _name_of(int(pid))
+
+
+def _name_of(pid: int) -> str:
+    """PID namespace, pid and start time of a process; only the first two when it is dead."""
+    namespace = Path("/proc/self/ns/pid").readlink().name
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return f"{namespace} {pid}"
+    return f"{namespace} {pid} {fields[19].decode()}"
 
 
 def _end_session(session: int, *, reap: Callable[[], object] = lambda: None) -> str:
