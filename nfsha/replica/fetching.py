@@ -114,7 +114,9 @@ class Fetching:
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
-        self.schedule = Schedule(self._run, parallel=sync.parallel, watch=watch)
+        self.schedule = Schedule(
+            self._run, parallel=sync.parallel, watch=watch, since_ms=self._since_ms
+        )
 
     # ------------------------------------------------------------- who may run
 
@@ -205,6 +207,9 @@ class Fetching:
         self.schedule.set(uuid, plan)
         if new and self.may_start:
             self.schedule.trigger(uuid, Reason(Cause.START))
+
+    def _since_ms(self, uuid: str, kind: Kind) -> int | None:
+        return self._store.since_ms(uuid, str(kind), self._clocks.wall_ns())
 
     def start_all(self) -> None:
         """A pass of each volume now: the source has come."""
@@ -564,6 +569,7 @@ class Fetching:
         if outcome.verdict not in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._failed(copy, outcome.sentence)
             return
+        await self._write(self._store.note_verify, copy.uuid, copy.verified_ns)
         log.info("volume %s: verified: %s", here.name, outcome.sentence)
         copy.rest(State.IDLE, f"verified: {outcome.sentence}")
 
