@@ -46,6 +46,8 @@ class Volumes:
         self.finish_takes_us: int | None = None
         """A scenario's word on how long the last pass takes; None: chance decides."""
         self.freeze_takes_us: int | None = None
+        self.mishaps = True
+        """A pass, a proof, a freeze or a thaw may fail by chance; in a scenario none does."""
         self.receiving: Epoch | None = None
         """The epoch whose data a process of this node writes into the volumes now."""
         self._pass = 0
@@ -137,7 +139,7 @@ class Volumes:
             self._approached = way.handover
             self._next_us = 0
             self._passes_at_begin = self._passes
-            if self._world.random.random() < 0.05:
+            if self._mishap(0.05):
                 self._world.fired("presync-failed")
                 self._node.take(PresyncChanged(way.handover, ready=False, failed="by chance"))
         if self._passes > self._passes_at_begin and self.receiving is None:
@@ -156,7 +158,7 @@ class Volumes:
             return
         source = world.nodes[node.role.other]
         failed = "" if self._reaches(source, way.epoch) else "the source is not reached"
-        if not failed and world.random.random() < 0.05:
+        if not failed and self._mishap(0.05):
             world.fired("proof-failed")
             failed = "a difference was found"
         if not failed:
@@ -179,7 +181,7 @@ class Volumes:
         if not self._node.runs():
             self._world.at(50_000, self._froze, life, number)
             return
-        failed = self._world.random.random() < 0.04
+        failed = self._mishap(0.04)
         if failed:
             self._world.fired("freeze-failed")
         self.frozen = True
@@ -191,16 +193,19 @@ class Volumes:
         self._world.at(self._world.random.randrange(500, 30_000), self._thawed, number)
 
     def _thawed(self, number: int) -> None:
-        failed = self._world.random.random() < 0.04
+        failed = self._mishap(0.04)
         if failed:
             self._world.fired("thaw-failed")
         else:
             self.frozen = False
         self._node.take(Completed(number, Thawed(not failed, "busy" if failed else "")))
 
+    def _mishap(self, chance: float) -> bool:
+        return self._world.random.random() < chance and self.mishaps
+
     def stop_receivers(self, number: int) -> None:
         """The action: kills, waits, and says that all are gone."""
-        delay_us = self._kill_us() if self.receiving is not None else 500
+        delay_us = self._kill_us() if self.receiving is not None else self.kill_takes_us or 500
         self._world.at(delay_us, self._stopped, self._node.life, number)
 
     def _stopped(self, life: int, number: int) -> None:
