@@ -270,7 +270,8 @@ def prepare(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def take_back(state: State, orders: Orders, now_ms: int) -> None:
-    """The receiver's ABORTED ends PREPARED."""
+    """The receiver's ABORTED ends PREPARED: at once, for it stands in that one's journal."""
+    state.given_back = state.prepared
     state.journal(prepared=None)
 
 

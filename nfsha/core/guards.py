@@ -470,8 +470,6 @@ def freezing(state: State, now_ms: int) -> Guard:
 
 def prepared(state: State, now_ms: int) -> Guard:
     """PREPARED: only the receiver's word ends it, or a takeover with a still higher epoch."""
-    if state.stopping:
-        return Guard.STOPPING
     if lease.conflicting_epoch(state) is not None:
         return Guard.CONFLICT
     higher = lease.higher_epoch(state)
@@ -479,12 +477,14 @@ def prepared(state: State, now_ms: int) -> Guard:
         return Guard.HANDED_OVER if higher == state.prepared else Guard.HIGHER
     if handover.aborted_by_receiver(state):
         return Guard.ABORTED
+    if state.stopping:
+        return Guard.STOPPING
     if not handover.settled(state):
         return Guard.PERSISTING
-    if lease.peer_heard(state, now_ms):
+    if handover.receiver_works(state, now_ms) or lease.peer_serves(state, now_ms):
         return Guard.RECEIVER_WORKS
     if not lease.grants_ended(state, now_ms):
-        return Guard.PEER_SILENT
+        return Guard.PEER_IDLE if lease.peer_heard(state, now_ms) else Guard.PEER_SILENT
     return _may_take(state, now_ms)
 
 

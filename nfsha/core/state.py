@@ -198,6 +198,9 @@ class State:
     stuck_frozen: str = ""
     """Why a freeze cannot be ended."""
     thaw_tried_ms: int = NEVER_MS
+    given_back: Epoch | None = None
+    """An epoch given away that the receiver durably said will never be. The disk may still say
+    otherwise: then the next daemon asks the receiver again."""
     refuses: Epoch | None = None
     """A handover of the peer that this node wants ended."""
     asks: int = 0
@@ -293,11 +296,12 @@ class State:
     def prepared(self) -> Epoch | None:
         """The epoch to which this node gave its authority away, and which it has not seen begin.
 
-        As soon as it is ordered, and as long as the disk may have it.
+        As soon as it is ordered, and as long as the disk may have it, unless the receiver gave it
+        back.
         """
         on_its_way = self.writing.prepared if "persist" in self.flights else None
         for given in (self.want.prepared, self.durable.prepared, on_its_way, self.unsure_prepared):
-            if given is not None and given.number > self.epoch_number:
+            if given not in (None, self.given_back) and given.number > self.epoch_number:
                 return given
         return None
 

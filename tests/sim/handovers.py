@@ -421,6 +421,127 @@ def each_dies_at_each_step(only: str | None) -> None:
                 expect(kept.accepts(), "the returned node follows")
 
 
+def the_giver_is_deaf(only: str | None) -> None:
+    """S: trace 9 in a handover. Nothing reaches A any more in PREPARED, and B hears it for ever.
+
+    B cannot commit without A's grant, and ends the handover at its time limit. A does not hear
+    that. So a peer in PREPARED holds a takeover off for 2 s only.
+    """
+    world = HandoverWorld(only, TOKEN)
+    world.b.volumes.finish_takes_us = 1_500 * MS_US
+    world.come_to("FINAL_SYNC")
+    world.paths.muted.add(Role.STANDBY)
+    world.network.witness_cut.add(Role.PRIMARY)
+    world.a.broker().cut.add(Role.PRIMARY)
+    world.serves_within(world.b, 27, "A is deaf, and is heard for ever")
+    world.one_authority()
+
+
+def the_givers_disk_is_full(only: str | None) -> None:
+    """S: A's disk fails as PREPARED is ordered, and goes on failing: A serves on in a second.
+
+    The receiver's ABORTED is durable; what A's disk holds may wait.
+    """
+    world = HandoverWorld(only)
+    world.come_to("FREEZING")
+    world.a.disk.failing = True
+    world.wait(1, lambda: world.a.phase() is Phase.PREPARED, "PREPARED is ordered")
+    world.serves_all(world.a, BACK_WITHIN_S, "A's disk is full")
+    world.run_for(12)
+    world.serves_all(world.a, 0, "A's disk is full, and it serves all the same")
+    world.one_authority()
+
+
+def the_giver_takes_back_with_a_slow_disk(only: str | None) -> None:
+    """S: aborted, and A's disk takes 5 s for that: A serves at once, B does not take over.
+
+    And A's daemon is killed while its disk still says PREPARED: it asks B again.
+    """
+    for killed in (False, True):
+        world = HandoverWorld(only)
+        world.come_to("FINAL_SYNC")
+        world.a.disk.slow_us = 5_000 * MS_US
+        world.abort(world.b)
+        world.run_for(0.02)
+        world.serves_all(world.a, BACK_WITHIN_S, "A's disk is slow")
+        if killed:
+            world.a.disk.forget_results()
+            world.a.crash()
+            world.run_for(0.3)
+            world.a.start_daemon()
+            world.run_for(0.01)
+        world.serves_all(world.a, 2, "B says that it aborted")
+        world.one_authority()
+        expect(epoch_of(world.a).number == 1, "nobody took over")
+
+
+def the_receivers_disk_is_full(only: str | None) -> None:
+    """S: B's disk fails for good as COMMITTED is ordered: it can say neither yes nor no.
+
+    A gives it 2 s to tell, stops granting, and takes over with an epoch above.
+    """
+    world = HandoverWorld(only)
+    world.come_to("FINAL_SYNC")
+    world.b.disk.failing = True
+    world.wait(3, lambda: _commit_ordered(world), "COMMITTED is ordered")
+    world.run_for(0.1)
+    world.serves_all(world.a, TAKEN_WITHIN_S, "B's disk is full")
+    world.one_authority()
+
+
+def a_thaw_fails_in_the_takeover(only: str | None) -> None:
+    """S: B is off, A takes over from PREPARED, and its volumes do not thaw at the first try."""
+    world = HandoverWorld(only)
+    world.come_to("FINAL_SYNC")
+    world.a.volumes.thaws_to_fail = 1
+    world.b.power_off()
+    world.serves_all(world.a, TAKEN_WITHIN_S, "the second thaw goes well")
+    expect(world.a.volumes.thaws_to_fail == 0, "a thaw failed")
+
+
+def the_giver_is_stopped_in_prepared(only: str | None) -> None:
+    """L: systemd stops or restarts A's daemon while B proves: only A has the last writes.
+
+    So it stays until B has them.
+    """
+    for kind in (CommandKind.STOP, CommandKind.RESTART):
+        world = HandoverWorld(only)
+        world.b.volumes.finish_takes_us = 1_500 * MS_US
+        world.come_to("FINAL_SYNC")
+        world.run_for(0.1)
+        world.ask(world.a, kind)
+        world.serves_all(world.b, TAKEN_WITHIN_S, f"{kind} of the giver")
+        world.wait(2, lambda: world.a.life > 2, "A's daemon has left")  # noqa: B023
+        world.one_authority()
+
+
+def it_goes_back_before_the_thaw(only: str | None) -> None:
+    """Frozen volumes are not served: A thaws for 3 s, and shall serve again at once.
+
+    B, which gives then, waits until A can.
+    """
+    world = HandoverWorld(only)
+    world.a.volumes.thaw_takes_us = 3_000 * MS_US
+    world.come_to("done")
+    world.wait(1, lambda: world.a.phase() is Phase.PASSIVE, "A is passive")
+    world.b.command(CommandKind.HANDOVER, to=Role.PRIMARY)
+    world.serves_all(world.a, 7, "it was asked for")
+
+
+def a_restart_comes_before_the_freeze(only: str | None) -> None:
+    """I8: A announced its absence, and B is just near enough: A does not begin to freeze."""
+    world = HandoverWorld(only)
+    world.come_to("PRESYNC")
+    passes = world.b.volumes.passes
+    world.wait(5, lambda: world.b.volumes.passes > passes, "B is near")
+    world.disturb()
+    world.expect_unbroken(world.a)
+    world.a.command(CommandKind.RESTART)
+    world.run_for(8)
+    expect(world.tally.fired["expected-I8"] > 0, "the restart was looked at")
+    world.one_authority()
+
+
 FURTHER: tuple[Scenario, ...] = (
     Scenario(STAYS_DOWN, the_straight_way),
     Scenario(NOT_ALL, the_last_pass_comes_first),
@@ -430,5 +551,13 @@ FURTHER: tuple[Scenario, ...] = (
     Scenario(NOT_ALL, the_disk_fails_at_the_commit),
     Scenario(STAYS_DOWN, the_receiver_restarts_at_the_commit),
     Scenario(STAYS_DOWN, each_dies_at_each_step),
+    Scenario(STAYS_DOWN, the_giver_is_deaf),
+    Scenario(STAYS_DOWN, the_givers_disk_is_full),
+    Scenario(STAYS_DOWN, the_giver_takes_back_with_a_slow_disk),
+    Scenario(STAYS_DOWN, the_receivers_disk_is_full),
+    Scenario(STAYS_DOWN, a_thaw_fails_in_the_takeover),
+    Scenario(LOST, the_giver_is_stopped_in_prepared),
+    Scenario("freeze", it_goes_back_before_the_thaw),
+    Scenario("I8", a_restart_comes_before_the_freeze),
 )
 """Beside the traces."""

@@ -46,12 +46,15 @@ class Volumes:
         self.finish_takes_us: int | None = None
         """A scenario's word on how long the last pass takes; None: chance decides."""
         self.freeze_takes_us: int | None = None
+        self.thaw_takes_us: int | None = None
+        self.thaws_to_fail = 0
+        """A scenario's: so many of the next ones."""
         self.mishaps = True
         """A pass, a proof, a freeze or a thaw may fail by chance; in a scenario none does."""
         self.receiving: Epoch | None = None
         """The epoch whose data a process of this node writes into the volumes now."""
         self._pass = 0
-        self._passes = 0
+        self.passes = 0
         """How many were complete."""
         self._passes_at_begin = 0
         self._freezing = 0
@@ -138,11 +141,11 @@ class Volumes:
         if self._approached is None or self._approached != way.handover:
             self._approached = way.handover
             self._next_us = 0
-            self._passes_at_begin = self._passes
+            self._passes_at_begin = self.passes
             if self._mishap(0.05):
                 self._world.fired("presync-failed")
                 self._node.take(PresyncChanged(way.handover, ready=False, failed="by chance"))
-        if self._passes > self._passes_at_begin and self.receiving is None:
+        if self.passes > self._passes_at_begin and self.receiving is None:
             self._node.take(PresyncChanged(way.handover, ready=True))
 
     def _finish(self, life: int, way: Finish) -> None:
@@ -190,11 +193,13 @@ class Volumes:
     def thaw(self, number: int) -> None:
         """The action: the volumes take writes again."""
         self._freezing = 0
-        self._world.at(self._world.random.randrange(500, 30_000), self._thawed, number)
+        takes_us = self.thaw_takes_us or self._world.random.randrange(500, 30_000)
+        self._world.at(takes_us, self._thawed, number)
 
     def _thawed(self, number: int) -> None:
-        failed = self._mishap(0.04)
+        failed = self._mishap(0.04) or self.thaws_to_fail > 0
         if failed:
+            self.thaws_to_fail = max(0, self.thaws_to_fail - 1)
             self._world.fired("thaw-failed")
         else:
             self.frozen = False
@@ -295,7 +300,7 @@ class Volumes:
         self._write(sorted(self.holds - self._snapshot), sorted(self._snapshot - self.holds))
         self.stamp, self.tainted = epoch, False
         self.receiving = None
-        self._passes += 1
+        self.passes += 1
         self._next_us = self._world.now_us + PAUSE_US
         self._world.fired("resync" if self._resync else "sync")
         self.tell()

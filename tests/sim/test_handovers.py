@@ -6,12 +6,11 @@ schedule holds.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 
-from nfsha.core import duties, effects, guards, handover, lease, table
+from nfsha.core import duties, effects, guards, handover, lease
 from nfsha.core.engine import begin
 from nfsha.core.guards import Guard
 from nfsha.core.model import CoreConfig, Epoch, Journal, Phase
@@ -180,32 +179,56 @@ def _aborted_is_said_before_the_disk(patch: Patch) -> None:
     patch.setattr(duties, "_shown_aborted", lambda state: state.want.aborted)
 
 
-def _a_failed_commit_is_only_forgotten(patch: Patch) -> None:
-    """After a failed COMMITTED the receiver waits as before, and writes nothing in its place."""
-
-    def disown(state: State, now_ms: int) -> Epoch | None:
-        return None
-
-    def abort_receiving(state: State, orders: Orders, now_ms: int) -> None:
-        state.want = state.durable
-        state.commit_ordered = False
-        effects._end_handover(state)
-
-    patch.setattr(handover, "disowned", disown)
-    for row in ("Z30", "X30", "X32"):
-        _replace_effect(patch, row, abort_receiving)
+def _prepared_holds_a_takeover_off(patch: Patch) -> None:
+    patch.setattr(lease, "IDLE_PHASES", lease.IDLE_PHASES - {Phase.PREPARED})
 
 
-def _replace_effect(
-    patch: Patch, row_id: str, effect: Callable[[State, Orders, int], None]
-) -> None:
-    for row in table.ROWS:
-        if row.id == row_id:
-            patch.setitem(
-                table.INDEX,
-                (row.phases[0], str(row.event), row.guard),
-                dataclasses.replace(row, effect=effect),
-            )
+def _only_the_own_disk_gives_back(patch: Patch) -> None:
+    def prepared(state: State) -> Epoch | None:
+        on_its_way = state.writing.prepared if "persist" in state.flights else None
+        known = (state.want.prepared, state.durable.prepared, on_its_way, state.unsure_prepared)
+        given = [one for one in known if one is not None and one.number > state.epoch_number]
+        return given[0] if given else None
+
+    patch.setattr(State, "prepared", property(prepared))
+
+
+def _a_receiver_that_is_heard_is_awaited(patch: Patch) -> None:
+    patch.setattr(handover, "receiver_works", lease.peer_heard)
+
+
+def _prepared_stays_frozen(patch: Patch) -> None:
+    real = duties.thaw
+
+    def thaw(state: State, orders: Orders, now_ms: int) -> None:
+        if state.phase is not Phase.PREPARED:
+            real(state, orders, now_ms)
+
+    patch.setattr(duties, "thaw", thaw)
+
+
+def _a_stop_waits_for_nobody(patch: Patch) -> None:
+    patch.setattr(duties, "_receiver_needs_it", lambda state, now_ms: False)
+
+
+def _without(patch: Patch, function: str, field: str, value: object) -> None:
+    """A judgement of `handover` that does not look at this field."""
+    real = getattr(handover, function)
+
+    def blind(state: State, now_ms: int) -> bool:
+        twin = state.copy()
+        setattr(twin, field, value)
+        return bool(real(twin, now_ms))
+
+    patch.setattr(handover, function, blind)
+
+
+def _frozen_volumes_may_be_moved_to(patch: Patch) -> None:
+    _without(patch, "possible", "froze", value=False)
+
+
+def _who_leaves_may_freeze(patch: Patch) -> None:
+    _without(patch, "receiver_ready", "stopping", value="")
 
 
 MUTANTS = (
@@ -222,14 +245,20 @@ MUTANTS = (
     ("nothing_is_shown_before_the_disk_has_it", _prepared_before_the_disk),
     ("aborted_at_each_step", _aborts_are_not_told),
     ("the_disk_fails_at_the_commit", _aborted_is_said_before_the_disk),
-    ("the_disk_fails_at_the_commit", _a_failed_commit_is_only_forgotten),
     ("the_receiver_restarts_at_the_commit", _a_receiver_that_forgot_says_nothing),
     ("each_dies_at_each_step", _the_giver_is_no_replica),
+    ("the_giver_is_deaf", _prepared_holds_a_takeover_off),
+    ("the_givers_disk_is_full", _only_the_own_disk_gives_back),
+    ("the_giver_takes_back_with_a_slow_disk", _only_the_own_disk_gives_back),
+    ("the_receivers_disk_is_full", _a_receiver_that_is_heard_is_awaited),
+    ("a_thaw_fails_in_the_takeover", _prepared_stays_frozen),
+    ("the_giver_is_stopped_in_prepared", _a_stop_waits_for_nobody),
+    ("it_goes_back_before_the_thaw", _frozen_volumes_may_be_moved_to),
+    ("a_restart_comes_before_the_freeze", _who_leaves_may_freeze),
 )
 KINDS: dict[Callable[[Patch], None], str] = {
     _the_giver_takes_over_with_the_number_that_it_gave: STAYS_DOWN,
     _aborted_is_said_before_the_disk: "I6",
-    _a_failed_commit_is_only_forgotten: STAYS_DOWN,
 }
 """What a mutant leads to, where that is not what its schedule is named for."""
 
