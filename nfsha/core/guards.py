@@ -532,7 +532,13 @@ def restoring(state: State, now_ms: int) -> Guard:
 def _restoring_committed(state: State, now_ms: int) -> Guard:
     if not state.committed:
         return Guard.PERSIST_FAILED if state.persist_error else Guard.PERSISTING
-    return _takeover_committed(state, now_ms)
+    found = _takeover_committed(state, now_ms)
+    bound = handover.giver_bound(state, now_ms) or lease.standing_evidence(state)
+    if found is not Guard.EVIDENCE or bound:
+        return found
+    # A witness keeps a node in service; that the giver does not take over, only its echo says.
+    late = now_ms - state.commit_durable_ms >= state.config.timings.hold_ms
+    return Guard.NO_EVIDENCE if late else Guard.RECORDING
 
 
 def on_hook(state: State, now_ms: int) -> Guard:

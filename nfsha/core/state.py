@@ -43,6 +43,17 @@ class SurveyResult:
     heard_other: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HandoverEnd:
+    """How the last handover that this run knows of ended, for the operator."""
+
+    at_ms: int
+    epoch: Epoch
+    done: bool
+    """The receiver has the authority."""
+    why: str
+
+
 @dataclass(slots=True)
 class State:
     """One node, as its engine sees it. Times in milliseconds of its own CLOCK_BOOTTIME."""
@@ -197,7 +208,10 @@ class State:
     """A freeze was begun, and its end is not proved yet."""
     stuck_frozen: str = ""
     """Why a freeze cannot be ended."""
+    froze_ms: int = NEVER_MS
+    """When the last freeze was begun."""
     thaw_tried_ms: int = NEVER_MS
+    last_handover: HandoverEnd | None = None
     given_back: Epoch | None = None
     """An epoch given away that the receiver durably said will never be. The disk may still say
     otherwise: then the next daemon asks the receiver again."""

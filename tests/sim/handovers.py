@@ -353,6 +353,22 @@ def aborted_at_each_step(only: str | None) -> None:
             world.nothing_lost()
 
 
+def aborted_while_the_freeze_hangs(only: str | None) -> None:
+    """S: something on A does not come to rest for a minute; the operator, or the limit, ends it."""
+    for by_operator in (True, False):
+        world = HandoverWorld(only)
+        world.a.volumes.freeze_takes_us = 60_000 * MS_US
+        world.come_to("FREEZING")
+        world.run_for(0.1)
+        if by_operator:
+            world.abort(world.b)
+        else:
+            world.run_for(4.9)
+        world.run_for(0.02)
+        world.serves_all(world.a, BACK_WITHIN_S, "a freeze that hangs is stopped")
+        world.one_authority()
+
+
 def the_disk_fails_at_the_commit(only: str | None) -> None:
     """I7: COMMITTED cannot be written: ABORTED replaces it, and only one of them is ever true.
 
@@ -548,6 +564,7 @@ FURTHER: tuple[Scenario, ...] = (
     Scenario(TWO_HOLDERS, clients_are_held_until_the_end),
     Scenario(NOT_DURABLE, nothing_is_shown_before_the_disk_has_it),
     Scenario(STAYS_DOWN, aborted_at_each_step),
+    Scenario(STAYS_DOWN, aborted_while_the_freeze_hangs),
     Scenario(NOT_ALL, the_disk_fails_at_the_commit),
     Scenario(STAYS_DOWN, the_receiver_restarts_at_the_commit),
     Scenario(STAYS_DOWN, each_dies_at_each_step),

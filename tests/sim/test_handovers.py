@@ -175,6 +175,16 @@ def _aborts_are_not_told(patch: Patch) -> None:
     patch.setattr(handover, "receiving_off", receiving_off)
 
 
+def _a_thaw_waits_for_the_freeze(patch: Patch) -> None:
+    real = Orders.cancel
+
+    def cancel(orders: Orders, slot: str) -> None:
+        if slot != "freeze":
+            real(orders, slot)
+
+    patch.setattr(Orders, "cancel", cancel)
+
+
 def _aborted_is_said_before_the_disk(patch: Patch) -> None:
     patch.setattr(duties, "_shown_aborted", lambda state: state.want.aborted)
 
@@ -244,6 +254,7 @@ MUTANTS = (
     ("nothing_is_shown_before_the_disk_has_it", _committed_before_the_disk),
     ("nothing_is_shown_before_the_disk_has_it", _prepared_before_the_disk),
     ("aborted_at_each_step", _aborts_are_not_told),
+    ("aborted_while_the_freeze_hangs", _a_thaw_waits_for_the_freeze),
     ("the_disk_fails_at_the_commit", _aborted_is_said_before_the_disk),
     ("the_receiver_restarts_at_the_commit", _a_receiver_that_forgot_says_nothing),
     ("each_dies_at_each_step", _the_giver_is_no_replica),
