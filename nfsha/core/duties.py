@@ -224,7 +224,8 @@ def ask_witness(state: State, orders: Orders, now_ms: int) -> None:
     if state.serving:
         wanted = now_ms - state.echo_ms > late_ms
     elif state.phase in _MAY_TAKE_OVER:
-        wanted = now_ms - state.heard_ms > late_ms or state.idle_since_ms is not None
+        idle = state.idle_since_ms is not None and state.phase not in RECEIVING_PHASES
+        wanted = idle or now_ms - state.heard_ms > late_ms
     else:
         wanted = state.phase is Phase.TAKEOVER
     if wanted:

@@ -91,6 +91,8 @@ def _flow_to(state: State, epoch: Epoch, now_ms: int) -> Flow:
         return Finish(epoch, state.handover)
     if state.phase not in (Phase.PASSIVE, Phase.RETURNED):
         return Rest(f"nothing is fetched in {state.phase}")
+    if state.froze:
+        return Fetch(epoch, start=False, why="the volumes are not thawed yet")
     report = state.report
     if report is None:
         return Rest("the peer was not heard yet")

@@ -175,6 +175,9 @@ class Volumes:
         """The action: waits for rest, and makes the volumes read-only."""
         random = self._world.random
         takes_us = self.freeze_takes_us or random.choice((5_000, 30_000, 200_000, 900_000))
+        if self._mishap(0.04):
+            self._world.fired("freeze-hangs")
+            takes_us = 20_000_000
         self._freezing = number
         self._world.at(takes_us, self._froze, self._node.life, number)
 
@@ -194,6 +197,9 @@ class Volumes:
         """The action: the volumes take writes again."""
         self._freezing = 0
         takes_us = self.thaw_takes_us or self._world.random.randrange(500, 30_000)
+        if self._mishap(0.04):
+            self._world.fired("thaw-slow")
+            takes_us = self._world.random.randrange(100_000, 5_000_000)
         self._world.at(takes_us, self._thawed, number)
 
     def _thawed(self, number: int) -> None:
@@ -315,6 +321,8 @@ class Volumes:
         return True
 
     def _write(self, gone: list[int], came: list[int]) -> None:
+        if self.frozen:
+            self._world.checks.fail("freeze", f"{self._node.role} receives into frozen volumes")
         if self._node.accepts():
             self._world.checks.fail("I3", f"{self._node.role} receives data while it serves")
         self.holds.difference_update(gone)

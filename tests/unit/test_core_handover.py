@@ -635,6 +635,26 @@ def test_a_receiver_that_cannot_mount_commits_nothing() -> None:
     assert pair.standby.state.volumes_mounted is False
 
 
+def test_nothing_is_fetched_into_volumes_that_are_not_thawed() -> None:
+    pair = situations.proved()
+    pair.primary.unanswered.add(model.Thaw)
+    written(pair.standby)
+    pair.standby.unanswered.clear()
+    pair.run(500)
+    assert phases(pair) == (Phase.PASSIVE, Phase.ACTIVE)
+    waits = Fetch(given_epoch(pair), start=False, why="the volumes are not thawed yet")
+    assert ways(pair)[0] == waits
+    answer(pair.primary, "freeze", model.Thawed(ok=True))
+    pair.run(50)
+    assert ways(pair)[0] == Fetch(given_epoch(pair), start=True, proved=True)
+
+
+def given_epoch(pair: Pair) -> Epoch:
+    epoch = pair.primary.state.epoch
+    assert epoch is not None
+    return epoch
+
+
 def test_nothing_flows_in_restoring() -> None:
     pair = situations.proved()
     assert isinstance(ways(pair)[1], Rest)
