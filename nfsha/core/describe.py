@@ -11,9 +11,11 @@ import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from nfsha.core import effects, lease
+from nfsha.core import effects, handover, lease
 from nfsha.core.model import (
     ADDRESS_LATE_MS,
+    GIVING_PHASES,
+    RECEIVING_PHASES,
     Epoch,
     Exclusivity,
     Phase,
@@ -195,6 +197,7 @@ def situation(state: State, now_ms: int) -> Facts:
         "lease_remaining_ms": _lease_remaining_ms(state, now_ms),
         "peer": _peer(state, now_ms),
         "takeover": _takeover(state, now_ms),
+        "handover": _handover(state, now_ms),
         "health": {"fit": state.fit, "reason": state.fitness_reason},
         "promise": {
             "own": str(state.promise_state),
@@ -327,7 +330,7 @@ def _peer(state: State, now_ms: int) -> Facts:
 
 def _takeover(state: State, now_ms: int) -> Facts | None:
     """The five conditions of DESIGN 4, for a node that could take over; None for any other."""
-    if state.phase not in (Phase.PASSIVE, Phase.TAKEOVER):
+    if state.phase not in (Phase.PASSIVE, Phase.PREPARED, Phase.TAKEOVER):
         return None
     told = (
         ("the peer is silent", *_silence(state, now_ms)),
@@ -348,6 +351,8 @@ def _takeover(state: State, now_ms: int) -> Facts | None:
 
 def _silence(state: State, now_ms: int) -> tuple[bool, str]:
     heard = f"heard {now_ms - state.heard_ms} ms ago"
+    if state.prepared is not None and handover.receiver_works(state, now_ms):
+        return False, f"the peer works on the handover ({heard})"
     if lease.peer_serves(state, now_ms):
         return False, f"the peer serves ({heard})"
     if lease.grants_ended(state, now_ms):
@@ -386,6 +391,82 @@ def _exclusivity(state: State, now_ms: int) -> tuple[bool, str]:
     if ok:
         return ok, f"the witness answered {now_ms - state.witness_ms} ms ago"
     return ok, "the witness has not answered lately (asked only when the peer falls silent)"
+
+
+# --------------------------------------------------------------------------- handover
+
+_STEPS: Mapping[Phase, str] = {
+    Phase.PRESYNC: "comes near to the other node's data, which still serves",
+    Phase.FREEZING: "clients are held; waits until nothing writes any more",
+    Phase.PREPARED: "gave its authority away; waits for the other node's word",
+    Phase.FINAL_SYNC: "last pass and proof; clients are held",
+    Phase.RESTORING: "both copies are proved equal; the new epoch goes to the disk",
+    Phase.TAKEOVER: "the receiver is gone: takes over with an epoch above the one given away",
+}
+"""What a node does in each step of a handover."""
+
+_ASKED = "the other node is asked to begin"
+_NEAR = "near enough: the other node is asked to hold its clients"
+_WATCHED = "the other node comes near to this one's data, and this one serves on"
+
+
+def _handover(state: State, now_ms: int) -> Facts:
+    """The planned move of the authority, and how the last one of this run ended.
+
+    `side` is this node's: "receiver", "giver", or None when none is under way. `step` is a phase or
+    "ASKED". `held_ms`: how long clients are held by now, as far as this node knows.
+    """
+    side, step, epoch, text = _handover_now(state, now_ms)
+    ended = state.last_handover
+    return {
+        "side": side,
+        "step": step,
+        "to": str(state.me if side == "receiver" else state.me.other) if side else None,
+        "epoch": epoch.number if epoch is not None else None,
+        "text": text,
+        "since_ms": _handover_since(state, now_ms) if side else None,
+        "held_ms": _held_ms(state, now_ms),
+        "last": None
+        if ended is None
+        else {
+            "epoch": ended.epoch.number,
+            "to": str(ended.epoch.authority),
+            "done": ended.done,
+            "why": ended.why,
+            "age_ms": _age(ended.at_ms, now_ms),
+        },
+    }
+
+
+def _handover_now(
+    state: State, now_ms: int
+) -> tuple[str | None, str | None, Epoch | None, str | None]:
+    phase = state.phase
+    if phase in RECEIVING_PHASES:
+        near = phase is Phase.PRESYNC and state.presync_ready
+        return "receiver", str(phase), state.handover, _NEAR if near else _STEPS[phase]
+    if phase in GIVING_PHASES or (phase is Phase.TAKEOVER and state.prepared is not None):
+        return "giver", str(phase), state.handover or state.prepared, _STEPS[phase]
+    report = state.report if lease.peer_heard(state, now_ms) else None
+    if state.serving and report is not None and report.phase is Phase.PRESYNC:
+        return "giver", str(report.phase), report.handover, _WATCHED
+    if state.asks:
+        return "giver", "ASKED", None, _ASKED
+    return None, None, None, None
+
+
+def _handover_since(state: State, now_ms: int) -> int | None:
+    """How long this step lasts; a giver that still serves does not know when PRESYNC began."""
+    if state.phase is not Phase.ACTIVE:
+        return _age(state.phase_since_ms, now_ms)
+    return _age(state.asked_ms, now_ms) if state.asks else None
+
+
+def _held_ms(state: State, now_ms: int) -> int | None:
+    if state.phase in (Phase.FINAL_SYNC, Phase.RESTORING):
+        return _age(state.final_since_ms, now_ms)
+    gives = state.phase in GIVING_PHASES or state.prepared is not None
+    return _age(state.froze_ms, now_ms) if gives else None
 
 
 # --------------------------------------------------------------------------- alarms
@@ -490,6 +571,8 @@ def _unserved(state: State, now_ms: int) -> str:
     """Clients wait: neither this node serves, nor is the other one known to, for some seconds."""
     if state.serving or lease.peer_serves(state, now_ms) or _answered_by(state, now_ms):
         return ""
+    if state.phase in RECEIVING_PHASES:
+        return ""  # the giver serves, or clients are held on purpose, and not for long
     served = state.report is not None and state.report.serving
     since_ms = max(state.phase_since_ms, state.heard_ms) if served else state.phase_since_ms
     if now_ms - since_ms < UNSERVED_AFTER_MS:
@@ -509,7 +592,8 @@ def _peer_unable(state: State, now_ms: int) -> str:
     report = state.report
     if report is None or not state.serving or not lease.peer_heard(state, now_ms):
         return ""
-    if report.phase in (Phase.PASSIVE, Phase.MAINTENANCE) and report.healthy:
+    able = RECEIVING_PHASES | {Phase.PASSIVE, Phase.MAINTENANCE}
+    if report.phase in able and report.healthy:
         return ""
     condition = "" if report.healthy else ", its NFS service or storage not sound"
     return f"the other node could not take over now: it is {report.phase}{condition}"
@@ -524,26 +608,54 @@ def _mount_failed(state: State, now_ms: int) -> str:
 
 _NOTHING = "nothing"
 
+_SECONDS = "nothing for now: decides within seconds"
+_IF_FROZEN = (
+    "nothing for now; if it stays, the volumes do not thaw: see the alarms and `nfsha events`"
+)
+_IF_DISK = "nothing for now; if it stays, mend the disk that holds the journal (see the alarms)"
+_WATCH = "nothing for now: watch it with `nfsha status`, or end it with `nfsha abort`"
+
 _NEXT_BY_ROW: Mapping[str, str] = {
     "S90": "nothing for now: it goes on as soon as the peer is heard, or the lease ends",
     "W90": "start the other node or its nfsha, or mend the links; if it is gone for good, and "
     "this data is good enough: `nfsha activate` here",
+    "W86": _IF_FROZEN,
     "W91": "look at `nfsha status` on the other node: it is heard, but grants nothing",
     "W93": "find the machine that answers for the VIP, and take the address away there",
     "W97": "on the node whose data is the truth: `nfsha activate`",
     "P91": "nothing for now: this node takes over if the other one does not return within seconds",
-    "P92": "nothing for now: decides within seconds",
+    "P92": _SECONDS,
     "P94": "nothing for now: the address of a dead daemon ends by itself within seconds",
-    "P95": "nothing for now: decides within seconds",
+    "P95": _SECONDS,
     "T90": "nothing for now; if the other node is known to be off: `nfsha confirm-peer-down`",
     "R91": "nothing for now if a resync runs: `nfsha volumes` shows it, or what holds it up",
     "R92": "on the node whose data is the truth: `nfsha activate`",
     "R93": "start the other node or its nfsha, or mend the links",
     "I90": "mend the links between the nodes; if the other one is off for certain: "
     "`nfsha confirm-peer-down`",
+    "I91": _IF_FROZEN,
+    "I95": _IF_DISK,
     "I93": "find the machine that answers for the VIP, and take the address away there",
     "M90": "when the work is done: `nfsha maintenance off`",
     "M91": "when the work is done: `nfsha maintenance off`",
+    "G90": _WATCH,
+    "Q90": _WATCH,
+    "Q91": _IF_DISK,
+    "Q92": "nothing for now: this node takes over within seconds, or the receiver is heard again",
+    "Q94": "nothing for now: the address of a dead daemon ends by itself within seconds",
+    "Q95": "nothing for now if it decides within seconds; else this node hears nobody: mend its "
+    "links",
+    "Q96": "nothing for now: this node takes over within seconds; then look at the alarms of the "
+    "other node (the disk of its journal?)",
+    "Y90": _WATCH,
+    "Y91": "nothing for now: it goes on, or gives up by itself after some seconds",
+    "Z90": _WATCH,
+    "X90": "nothing for now; if it stays, a receiving process waits for its disk: see the alarms",
+    "X91": "nothing for now; if it stays, mend the links: this node does not hear its own words "
+    "come back from the giver",
+    "X92": _IF_DISK,
+    "X93": _SECONDS,
+    "X94": "nothing for now; if it stays, the mount hook fails: see the alarms",
 }
 """What an operator does about a row; rows that need nothing are missing."""
 
@@ -593,7 +705,7 @@ def next_step(state: State, now_ms: int) -> str:
     for name, step in _NEXT_BY_ALARM.items():
         if name in alarms:
             return step
-    if state.row == "P93":
+    if state.row in ("P93", "Q93"):
         return _NEXT_BY_OBSTACLE.get(lease.takeover_obstacle(state), _NOTHING)
     if state.row in _NEXT_BY_ROW:
         return _NEXT_BY_ROW[state.row]

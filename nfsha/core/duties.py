@@ -10,6 +10,7 @@ from nfsha.core import handover, lease, volumes
 from nfsha.core.model import (
     GIVING_PHASES,
     NEVER_MS,
+    RECEIVING_PHASES,
     Announce,
     AskWitness,
     Datagram,
@@ -42,6 +43,9 @@ FENCE_RETRY_MS = 10_000
 RECORD_EVERY_MS = 10_000
 RECEIVERS_RETRY_MS = 1000
 THAW_RETRY_MS = 1000
+
+_MAY_TAKE_OVER = RECEIVING_PHASES | {Phase.PASSIVE, Phase.PREPARED}
+"""Who takes over, or does so as soon as it is PASSIVE again, when the peer falls silent."""
 
 
 def all_duties(state: State, orders: Orders, now_ms: int) -> None:
@@ -80,14 +84,16 @@ def persist(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def withhold(state: State, now_ms: int) -> None:
-    """A passive node stops echoing a peer that is heard but has not served for 2 s.
+    """A node that could take over stops echoing a peer that is heard but has not served for 2 s.
 
     Only while it could really take over; else the peer needs the echo to come back (trace 9). After
     a takeover's time without one it echoes again for another round.
     """
+    if state.want.aborted != state.durable.aborted and state.idle_since_ms is not None:
+        state.idle_since_ms = now_ms  # the giver cannot go on before it is told
     since_ms = state.idle_since_ms
     if (
-        state.phase is not Phase.PASSIVE
+        state.phase not in (Phase.PASSIVE, Phase.PREPARED)
         or state.stopping
         or since_ms is None
         or lease.takeover_obstacle(state)
@@ -157,8 +163,13 @@ def end_receivers(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def thaw(state: State, orders: Orders, now_ms: int) -> None:
-    """Ends a freeze that nobody needs any more, and tries again until it is seen to have ended."""
-    if not state.froze or state.phase in GIVING_PHASES or state.phase is Phase.STARTING:
+    """Ends a freeze that nobody needs any more, and tries again until it is seen to have ended.
+
+    In PREPARED too where a takeover failed by it: else none could be begun again.
+    """
+    if not state.froze or state.phase is Phase.STARTING:
+        return
+    if state.phase in GIVING_PHASES and not state.stuck_frozen:
         return
     if not orders.in_flight("freeze") and now_ms - state.thaw_tried_ms >= THAW_RETRY_MS:
         orders.order(Thaw())
@@ -194,7 +205,7 @@ def survey_begins_ms(state: State) -> int:
 def _wants_survey(state: State, now_ms: int) -> bool:
     if state.phase is Phase.TAKEOVER:
         return not state.commit_ordered
-    if state.phase in (Phase.PASSIVE, Phase.PREPARED):
+    if state.phase in _MAY_TAKE_OVER:
         return now_ms >= survey_begins_ms(state) and not lease.peer_serves_now(state, now_ms)
     if state.phase in (Phase.WAITING, Phase.ISOLATED):
         return state.is_authority and bool(lease.standing_evidence(state))
@@ -212,8 +223,9 @@ def ask_witness(state: State, orders: Orders, now_ms: int) -> None:
     late_ms = 2 * timings.interval_ms
     if state.serving:
         wanted = now_ms - state.echo_ms > late_ms
-    elif state.phase in (Phase.PASSIVE, Phase.PREPARED):
-        wanted = now_ms - state.heard_ms > late_ms or state.idle_since_ms is not None
+    elif state.phase in _MAY_TAKE_OVER:
+        idle = state.idle_since_ms is not None and state.phase not in RECEIVING_PHASES
+        wanted = idle or now_ms - state.heard_ms > late_ms
     else:
         wanted = state.phase is Phase.TAKEOVER
     if wanted:
@@ -402,7 +414,9 @@ def leave(state: State, orders: Orders, now_ms: int) -> None:
         return
     if orders.in_flight("persist") and not late:
         return
-    if _gives_up_volumes(state, now_ms):
+    if _gives_up_volumes(state, now_ms) or _receiver_needs_it(state, now_ms):
+        return
+    if state.froze and state.phase not in GIVING_PHASES and not late:
         return
     unseen = state.durable.promise and not state.promise_echoed
     if unseen and lease.peer_heard(state, now_ms) and not late:
@@ -415,6 +429,13 @@ def _gives_up_volumes(state: State, now_ms: int) -> bool:
     if state.serving or volumes.given_up(state):
         return False
     return now_ms < state.stop_by_ms + (state.config.hook_timeout_ms or 0)
+
+
+def _receiver_needs_it(state: State, now_ms: int) -> bool:
+    """Who gave its authority away stays for the proof: only it has the last writes."""
+    if state.phase is not Phase.PREPARED or not handover.receiver_works(state, now_ms):
+        return False
+    return now_ms < state.stop_by_ms + state.config.final_limit_ms
 
 
 def _leave_serving(state: State, orders: Orders, now_ms: int, *, late: bool) -> None:
@@ -448,7 +469,7 @@ def wake_at_ms(state: State, now_ms: int) -> int:
         times.append(state.last_sent_ms + timings.interval_ms // 4)
     if state.serving:
         times.append(lease.serve_deadline_ms(state, now_ms))
-    elif state.phase in (Phase.PASSIVE, Phase.PREPARED, Phase.TAKEOVER):
+    elif state.phase in _MAY_TAKE_OVER or state.phase is Phase.TAKEOVER:
         times.append(survey_begins_ms(state))
         times.append(survey_begins_ms(state) + timings.survey_ms)
         if state.idle_since_ms is not None and state.withhold_since_ms is None:

@@ -26,7 +26,7 @@ from nfsha.core.model import (
     TakeToken,
 )
 from nfsha.core.orders import Orders
-from nfsha.core.state import State
+from nfsha.core.state import HandoverEnd, State
 
 STOP_WAIT_MS = 1000
 """How long a stopping node waits for the peer to echo its promise or its announced absence."""
@@ -65,6 +65,8 @@ def release(state: State, orders: Orders, now_ms: int) -> None:
     _end_handover(state)
     orders.cancel("address")
     orders.cancel("service")
+    if state.phase is Phase.FREEZING:
+        orders.cancel("freeze")  # nobody needs its end any more: a thaw stops it
     orders.order(CloseService())
     orders.order(RemoveAddress())
     state.address_removed_ms = now_ms
@@ -77,6 +79,8 @@ def release(state: State, orders: Orders, now_ms: int) -> None:
 
 def isolate(state: State, orders: Orders, now_ms: int) -> None:
     """Releases; a proof or word that the peer is off must be gained anew."""
+    if state.commit_ordered and state.handover is not None:
+        _ended(state, state.handover, now_ms, "moved, but this node could not serve at once", True)
     release(state, orders, now_ms)
     state.peer_down = ""
     _leave_takeover(state, orders)
@@ -84,6 +88,10 @@ def isolate(state: State, orders: Orders, now_ms: int) -> None:
 
 def follow(state: State, orders: Orders, now_ms: int) -> None:
     """Releases, and records the higher epoch."""
+    higher, given = lease.higher_epoch(state), state.prepared
+    if given is not None and higher is not None:
+        done = higher == given
+        _ended(state, given, now_ms, "done" if done else f"epoch {higher} came instead", done)
     release(state, orders, now_ms)
     _leave_takeover(state, orders)
     record_epoch(state, orders, now_ms)
@@ -152,6 +160,8 @@ def mount(state: State, orders: Orders, now_ms: int) -> None:
 
 def commit(state: State, orders: Orders, now_ms: int) -> None:
     """Orders the new epoch into the journal: from here there is no way back."""
+    if state.prepared is not None:
+        _ended(state, state.prepared, now_ms, "the receiver was gone: this node took over")
     state.journal(
         epoch=new_epoch(state),
         active=True,
@@ -223,6 +233,8 @@ def abort_receiving(state: State, orders: Orders, now_ms: int) -> None:
     COMMITTED may be on its way to the disk, or on it: then ABORTED replaces it, and is shown only
     once the disk has it.
     """
+    if state.handover is not None:
+        _ended(state, state.handover, now_ms, _why_receiving_ended(state, now_ms))
     if state.presync_ready:
         state.journal(
             epoch=state.durable.epoch,
@@ -248,6 +260,7 @@ def begin_freeze(state: State, orders: Orders, now_ms: int) -> None:
     state.asks = 0
     state.frozen = False
     state.froze = True
+    state.froze_ms = now_ms
     state.service_open = False
     state.send_soon = True
     orders.cancel("service")
@@ -258,6 +271,9 @@ def begin_freeze(state: State, orders: Orders, now_ms: int) -> None:
 def end_freeze(state: State, orders: Orders, now_ms: int) -> None:
     """The giver ends its freeze; it serves again on fresh evidence, as soon as it is thawed."""
     state.refuses = state.handover
+    if state.handover is not None:
+        why = handover.freeze_off(state, now_ms) or state.lease_lost or "the evidence ran out"
+        _ended(state, state.handover, now_ms, why)
     isolate(state, orders, now_ms)
 
 
@@ -270,7 +286,11 @@ def prepare(state: State, orders: Orders, now_ms: int) -> None:
 
 
 def take_back(state: State, orders: Orders, now_ms: int) -> None:
-    """The receiver's ABORTED ends PREPARED."""
+    """The receiver's ABORTED ends PREPARED: at once, for it stands in that one's journal."""
+    given = state.prepared
+    if given is not None:
+        _ended(state, given, now_ms, "the other node ended it (its `nfsha status` says why)")
+    state.given_back = given
     state.journal(prepared=None)
 
 
@@ -404,6 +424,8 @@ def _may_promise(state: State) -> bool:
 def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:
     state.address_renewed_ms = now_ms
     state.service_open = True
+    if state.handover is not None:
+        _ended(state, state.handover, now_ms, "done", done=True)
     _end_handover(state)
     state.lease_lost = ""
     state.repair = ""
@@ -412,6 +434,16 @@ def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:
     state.announced_ms = now_ms
     if not state.want.active or state.want.boot_id != state.config.boot_id:
         state.journal(active=True, boot_id=state.config.boot_id)
+
+
+def _ended(state: State, epoch: Epoch, now_ms: int, why: str, done: bool = False) -> None:
+    state.last_handover = HandoverEnd(now_ms, epoch, done, why)
+
+
+def _why_receiving_ended(state: State, now_ms: int) -> str:
+    if state.commit_ordered and state.persist_error:
+        return f"the new epoch could not be written: {state.persist_error}"
+    return handover.receiving_off(state, now_ms)
 
 
 def _end_handover(state: State) -> None:

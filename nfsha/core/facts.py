@@ -103,6 +103,8 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
     if not _sent_before_the_fence(state, datagram, now_ms):
         state.peer_down = ""
     idle = not datagram.serving and datagram.phase in lease.IDLE_PHASES
+    if state.phase is Phase.PREPARED:
+        idle = not handover.receiver_works(state, now_ms)
     if not idle:
         state.idle_since_ms = None
         state.withhold_since_ms = None
@@ -329,6 +331,8 @@ def _(what: model.PersistFailed, state: State, now_ms: int) -> None:
     state.unsure_prepared = state.writing.prepared or state.unsure_prepared
     state.persist_error = what.reason
     state.persist_failed_ms = now_ms
+    if state.phase is Phase.PREPARED and not handover.settled(state):
+        state.refuses = state.prepared  # it will not be: clients are held no longer than needed
     state.count("persist_failed")
 
 

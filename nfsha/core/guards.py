@@ -470,8 +470,6 @@ def freezing(state: State, now_ms: int) -> Guard:
 
 def prepared(state: State, now_ms: int) -> Guard:
     """PREPARED: only the receiver's word ends it, or a takeover with a still higher epoch."""
-    if state.stopping:
-        return Guard.STOPPING
     if lease.conflicting_epoch(state) is not None:
         return Guard.CONFLICT
     higher = lease.higher_epoch(state)
@@ -479,12 +477,14 @@ def prepared(state: State, now_ms: int) -> Guard:
         return Guard.HANDED_OVER if higher == state.prepared else Guard.HIGHER
     if handover.aborted_by_receiver(state):
         return Guard.ABORTED
+    if state.stopping:
+        return Guard.STOPPING
     if not handover.settled(state):
         return Guard.PERSISTING
-    if lease.peer_heard(state, now_ms):
+    if handover.receiver_works(state, now_ms) or lease.peer_serves(state, now_ms):
         return Guard.RECEIVER_WORKS
     if not lease.grants_ended(state, now_ms):
-        return Guard.PEER_SILENT
+        return Guard.PEER_IDLE if lease.peer_heard(state, now_ms) else Guard.PEER_SILENT
     return _may_take(state, now_ms)
 
 
@@ -532,7 +532,13 @@ def restoring(state: State, now_ms: int) -> Guard:
 def _restoring_committed(state: State, now_ms: int) -> Guard:
     if not state.committed:
         return Guard.PERSIST_FAILED if state.persist_error else Guard.PERSISTING
-    return _takeover_committed(state, now_ms)
+    found = _takeover_committed(state, now_ms)
+    bound = handover.giver_bound(state, now_ms) or lease.standing_evidence(state)
+    if found is not Guard.EVIDENCE or bound:
+        return found
+    # A witness keeps a node in service; that the giver does not take over, only its echo says.
+    late = now_ms - state.commit_durable_ms >= state.config.timings.hold_ms
+    return Guard.NO_EVIDENCE if late else Guard.RECORDING
 
 
 def on_hook(state: State, now_ms: int) -> Guard:

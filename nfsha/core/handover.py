@@ -9,7 +9,7 @@ higher epoch.
 from __future__ import annotations
 
 from nfsha.core import lease
-from nfsha.core.model import Epoch, Phase
+from nfsha.core.model import RECEIVING_PHASES, Epoch, Phase
 from nfsha.core.state import State
 
 ANSWER_MS = 10_000
@@ -40,6 +40,7 @@ def possible(state: State, now_ms: int) -> bool:
         and not state.unsure
         and state.fit is True
         and state.volumes_seen
+        and not state.froze
         and not state.stopping
     )
 
@@ -68,9 +69,12 @@ def peer_could_receive(state: State, now_ms: int) -> bool:
 
 
 def receiver_ready(state: State, now_ms: int) -> bool:
-    """Does the peer ask this serving node to freeze, for a handover that may be?"""
+    """Does the peer ask this serving node to freeze, for a handover that may be?
+
+    Not while the disk is in doubt: PREPARED must reach it; nor while this node is about to leave.
+    """
     report = state.report
-    if report is None or not _receives(state, now_ms):
+    if report is None or not _receives(state, now_ms) or state.unsure or state.stopping:
         return False
     given = report.handover
     return (
@@ -106,6 +110,17 @@ def freeze_off(state: State, now_ms: int) -> str:
     if now_ms - state.phase_since_ms >= state.config.freeze_limit_ms:
         return f"nothing came to rest within {state.config.freeze_limit_ms} ms"
     return receiver_gone(state, now_ms)
+
+
+def receiver_works(state: State, now_ms: int) -> bool:
+    """Is the receiver heard at work on the epoch that this node gave away to it?"""
+    report = state.report
+    return (
+        report is not None
+        and lease.peer_heard(state, now_ms)
+        and report.phase in RECEIVING_PHASES
+        and report.handover == state.prepared
+    )
 
 
 def aborted_by_receiver(state: State) -> bool:

@@ -37,6 +37,7 @@ IDLE_PHASES = frozenset(
         Phase.ISOLATED,
         Phase.FAULT,
         Phase.MAINTENANCE,
+        Phase.PREPARED,
     }
 )
 """A peer that is heard in one of these, and does not serve, holds a takeover off for 2 s only."""

@@ -73,13 +73,13 @@ def flow(state: State, now_ms: int) -> Flow:
         return Rest("no epoch is known yet")
     if state.want.epoch != epoch:
         return Rest("a new epoch is on its way to the disk")
+    if state.is_authority and state.phase is Phase.PREPARED:
+        return Offer(epoch)  # the receiver's last pass and proof; a stop waits for them
     if state.stopping:
         return Rest("the daemon is stopping")
     if state.is_authority:
         if state.serving and state.phase is not Phase.STARTING:
             return Offer(epoch)
-        if state.phase is Phase.PREPARED:
-            return Offer(epoch)  # the receiver's last pass and proof
         return Rest(f"this node has the truth of epoch {epoch.number}, but does not serve")
     return _flow_to(state, epoch, now_ms)
 
@@ -91,6 +91,8 @@ def _flow_to(state: State, epoch: Epoch, now_ms: int) -> Flow:
         return Finish(epoch, state.handover)
     if state.phase not in (Phase.PASSIVE, Phase.RETURNED):
         return Rest(f"nothing is fetched in {state.phase}")
+    if state.froze:
+        return Fetch(epoch, start=False, why="the volumes are not thawed yet")
     report = state.report
     if report is None:
         return Rest("the peer was not heard yet")

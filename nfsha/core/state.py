@@ -43,6 +43,17 @@ class SurveyResult:
     heard_other: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HandoverEnd:
+    """How the last handover that this run knows of ended, for the operator."""
+
+    at_ms: int
+    epoch: Epoch
+    done: bool
+    """The receiver has the authority."""
+    why: str
+
+
 @dataclass(slots=True)
 class State:
     """One node, as its engine sees it. Times in milliseconds of its own CLOCK_BOOTTIME."""
@@ -197,7 +208,13 @@ class State:
     """A freeze was begun, and its end is not proved yet."""
     stuck_frozen: str = ""
     """Why a freeze cannot be ended."""
+    froze_ms: int = NEVER_MS
+    """When the last freeze was begun."""
     thaw_tried_ms: int = NEVER_MS
+    last_handover: HandoverEnd | None = None
+    given_back: Epoch | None = None
+    """An epoch given away that the receiver durably said will never be. The disk may still say
+    otherwise: then the next daemon asks the receiver again."""
     refuses: Epoch | None = None
     """A handover of the peer that this node wants ended."""
     asks: int = 0
@@ -293,11 +310,12 @@ class State:
     def prepared(self) -> Epoch | None:
         """The epoch to which this node gave its authority away, and which it has not seen begin.
 
-        As soon as it is ordered, and as long as the disk may have it.
+        As soon as it is ordered, and as long as the disk may have it, unless the receiver gave it
+        back.
         """
         on_its_way = self.writing.prepared if "persist" in self.flights else None
         for given in (self.want.prepared, self.durable.prepared, on_its_way, self.unsure_prepared):
-            if given is not None and given.number > self.epoch_number:
+            if given not in (None, self.given_back) and given.number > self.epoch_number:
                 return given
         return None
 

@@ -368,6 +368,9 @@ _PREPARED = (
           "the receiver is silent, but its kernel answers for the VIP"),
     _stay("Q95", P.PREPARED, G.VIP_UNKNOWN,
           "the receiver is silent; asks whether anybody answers for the VIP"),
+    _stay("Q96", P.PREPARED, G.PEER_IDLE,
+          "the receiver is heard, but works on it no more and does not say how it ended; it has "
+          "2 s for that before this node takes over"),
     _stay("Q98", P.PREPARED, G.STOPPING, "the daemon is stopping"),
 )  # fmt: skip
 

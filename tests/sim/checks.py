@@ -170,10 +170,17 @@ class Checks:
         epoch, given = journal.epoch, journal.prepared
         if epoch is None or epoch.authority is not node.role:
             self.fail("I6", f"{node.role} does {action}, its disk says {journal}")
-        elif given is not None and given.number > epoch.number:
+        elif (
+            given is not None and given.number > epoch.number and not self._given_back(node, given)
+        ):
             self.fail("I7", f"{node.role} does {action}, and gave its authority away to {given}")
         if node.volumes.frozen and isinstance(action, model.OpenService):
             self.fail("freeze", f"{node.role} serves frozen volumes")
+
+    def _given_back(self, node: Node, given: model.Epoch) -> bool:
+        """The receiver's disk has ABORTED; the giver's own may follow later."""
+        theirs = self._world.nodes[node.role.other].disk.journal
+        return theirs is not None and theirs.aborted == given
 
     # ------------------------------------------------------------- I3, I4, takeover condition 2
 

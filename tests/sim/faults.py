@@ -717,6 +717,8 @@ MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "proof-failed",
     "freeze-failed",
     "thaw-failed",
+    "freeze-hangs",
+    "thaw-slow",
     *HANDOVER_ROWS.values(),
     "hook-failed",
     "hook-killed",

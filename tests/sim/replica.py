@@ -46,10 +46,15 @@ class Volumes:
         self.finish_takes_us: int | None = None
         """A scenario's word on how long the last pass takes; None: chance decides."""
         self.freeze_takes_us: int | None = None
+        self.thaw_takes_us: int | None = None
+        self.thaws_to_fail = 0
+        """A scenario's: so many of the next ones."""
+        self.mishaps = True
+        """A pass, a proof, a freeze or a thaw may fail by chance; in a scenario none does."""
         self.receiving: Epoch | None = None
         """The epoch whose data a process of this node writes into the volumes now."""
         self._pass = 0
-        self._passes = 0
+        self.passes = 0
         """How many were complete."""
         self._passes_at_begin = 0
         self._freezing = 0
@@ -136,11 +141,11 @@ class Volumes:
         if self._approached is None or self._approached != way.handover:
             self._approached = way.handover
             self._next_us = 0
-            self._passes_at_begin = self._passes
-            if self._world.random.random() < 0.05:
+            self._passes_at_begin = self.passes
+            if self._mishap(0.05):
                 self._world.fired("presync-failed")
                 self._node.take(PresyncChanged(way.handover, ready=False, failed="by chance"))
-        if self._passes > self._passes_at_begin and self.receiving is None:
+        if self.passes > self._passes_at_begin and self.receiving is None:
             self._node.take(PresyncChanged(way.handover, ready=True))
 
     def _finish(self, life: int, way: Finish) -> None:
@@ -156,7 +161,7 @@ class Volumes:
             return
         source = world.nodes[node.role.other]
         failed = "" if self._reaches(source, way.epoch) else "the source is not reached"
-        if not failed and world.random.random() < 0.05:
+        if not failed and self._mishap(0.05):
             world.fired("proof-failed")
             failed = "a difference was found"
         if not failed:
@@ -170,6 +175,9 @@ class Volumes:
         """The action: waits for rest, and makes the volumes read-only."""
         random = self._world.random
         takes_us = self.freeze_takes_us or random.choice((5_000, 30_000, 200_000, 900_000))
+        if self._mishap(0.04):
+            self._world.fired("freeze-hangs")
+            takes_us = 20_000_000
         self._freezing = number
         self._world.at(takes_us, self._froze, self._node.life, number)
 
@@ -179,7 +187,7 @@ class Volumes:
         if not self._node.runs():
             self._world.at(50_000, self._froze, life, number)
             return
-        failed = self._world.random.random() < 0.04
+        failed = self._mishap(0.04)
         if failed:
             self._world.fired("freeze-failed")
         self.frozen = True
@@ -188,19 +196,27 @@ class Volumes:
     def thaw(self, number: int) -> None:
         """The action: the volumes take writes again."""
         self._freezing = 0
-        self._world.at(self._world.random.randrange(500, 30_000), self._thawed, number)
+        takes_us = self.thaw_takes_us or self._world.random.randrange(500, 30_000)
+        if self._mishap(0.04):
+            self._world.fired("thaw-slow")
+            takes_us = self._world.random.randrange(100_000, 5_000_000)
+        self._world.at(takes_us, self._thawed, number)
 
     def _thawed(self, number: int) -> None:
-        failed = self._world.random.random() < 0.04
+        failed = self._mishap(0.04) or self.thaws_to_fail > 0
         if failed:
+            self.thaws_to_fail = max(0, self.thaws_to_fail - 1)
             self._world.fired("thaw-failed")
         else:
             self.frozen = False
         self._node.take(Completed(number, Thawed(not failed, "busy" if failed else "")))
 
+    def _mishap(self, chance: float) -> bool:
+        return self._world.random.random() < chance and self.mishaps
+
     def stop_receivers(self, number: int) -> None:
         """The action: kills, waits, and says that all are gone."""
-        delay_us = self._kill_us() if self.receiving is not None else 500
+        delay_us = self._kill_us() if self.receiving is not None else self.kill_takes_us or 500
         self._world.at(delay_us, self._stopped, self._node.life, number)
 
     def _stopped(self, life: int, number: int) -> None:
@@ -290,7 +306,7 @@ class Volumes:
         self._write(sorted(self.holds - self._snapshot), sorted(self._snapshot - self.holds))
         self.stamp, self.tainted = epoch, False
         self.receiving = None
-        self._passes += 1
+        self.passes += 1
         self._next_us = self._world.now_us + PAUSE_US
         self._world.fired("resync" if self._resync else "sync")
         self.tell()
@@ -305,6 +321,8 @@ class Volumes:
         return True
 
     def _write(self, gone: list[int], came: list[int]) -> None:
+        if self.frozen:
+            self._world.checks.fail("freeze", f"{self._node.role} receives into frozen volumes")
         if self._node.accepts():
             self._world.checks.fail("I3", f"{self._node.role} receives data while it serves")
         self.holds.difference_update(gone)

@@ -2,7 +2,7 @@
 
 One function for each trace; its docstring tells the schedule. It plays the production engines and
 raises `SimulationError` when what the trace is about happens: "I1" (two holders), "L" (acknowledged
-writes are lost) or "S" (the pair stays down). Traces that need a handover are not here.
+writes are lost) or "S" (the pair stays down). Traces that need a handover are in `handovers`.
 
 Times are virtual seconds. The schedule itself is checked too (`expect`): a scenario whose schedule
 did not come about fails with `ScheduleError`, whatever the rules are.
@@ -80,11 +80,13 @@ class TraceNetwork(Network):
 class TraceWorld(World):
     """A world in which nothing happens by chance: a daemon that ended stays so until started."""
 
-    def __init__(self, settings: WorldConfig, only: str | None) -> None:
-        super().__init__(SEED, settings)
+    def __init__(self, settings: WorldConfig, only: str | None, seed: int = SEED) -> None:
+        super().__init__(seed, settings)
         self.checks = TraceChecks(self, only)
         self.paths = TraceNetwork(self)
         self.network = self.paths
+        for node in self.nodes.values():
+            node.volumes.mishaps = False
 
     def stopped_finally(self, node: Node) -> None:
         """Nobody starts it but the scenario."""
@@ -588,4 +590,4 @@ SCENARIOS: dict[int, Scenario] = {
     17: Scenario(LOST, trace_17),
     18: Scenario(TWO_HOLDERS, trace_18),
 }
-"""By the number of the trace; 3 to 7 are about the handover."""
+"""By the number of the trace; 3 to 7 are about the handover (`handovers.TRACES`)."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.checks import SimulationError
+from tests.sim.handovers import TRACES
 from tests.sim.mutants import MUTANTS, Mutant
 from tests.sim.scenarios import SCENARIOS
 
 WITHOUT_HANDOVER = {1, 2, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18}
-"""Of the 18 traces; 3 to 7 need a handover."""
+"""Of the 18 traces; 3 to 7 need a handover (test_handovers.py)."""
 
 
 @pytest.mark.parametrize("number", SCENARIOS)
@@ -34,4 +35,5 @@ def test_mutant_of_trace_is_caught(mutant: Mutant) -> None:
 
 def test_no_trace_is_left_out() -> None:
     assert set(SCENARIOS) == WITHOUT_HANDOVER
+    assert WITHOUT_HANDOVER | set(TRACES) == set(range(1, 19))
     assert {mutant.trace for mutant in MUTANTS} == WITHOUT_HANDOVER

@@ -39,8 +39,14 @@ class Node:
         self.answered_by: str | None = None
         self.witness = True
         self.persist_error = ""
+        self.freeze_error = ""
+        self.thaw_error = ""
+        self.unanswered: set[type[model.Action]] = set()
+        """Actions whose results the test brings itself, or never."""
         self.replies: list[Reply] = []
         self.on = True
+        self.deaf = False
+        """Nothing of the other node reaches this one."""
 
     @property
     def state(self) -> State:
@@ -65,6 +71,8 @@ class Node:
         return sent
 
     def _result(self, action: model.Action, now_ms: int) -> model.Result | None:
+        if type(action) in self.unanswered:
+            return None
         match action:
             case model.Persist():
                 if self.persist_error:
@@ -78,6 +86,12 @@ class Node:
                 return model.LeaseHeld("service")
             case model.Survey():
                 return model.Surveyed(now_ms - 300, now_ms, self.answered_by, heard_other=True)
+            case model.StopReceivers():
+                return model.ReceiversStopped(ok=True)
+            case model.Freeze():
+                return model.Frozen(ok=not self.freeze_error, detail=self.freeze_error)
+            case model.Thaw():
+                return model.Thawed(ok=not self.thaw_error, detail=self.thaw_error)
             case _:
                 return None
 
@@ -107,7 +121,7 @@ class Pair:
                 if not node.on:
                     continue
                 for datagram in node.turn(self.now_ms):
-                    if self.linked and other.on:
+                    if self.linked and other.on and not other.deaf:
                         other.inbox.append(model.Heard(datagram, "lan"))
         return self
 
@@ -118,9 +132,10 @@ class Pair:
         *,
         keep: Role | None = None,
         force: bool = False,
+        to: Role | None = None,
     ) -> Reply:
         """Gives a command and returns the answer."""
-        node.inbox.append(Command(kind, len(node.replies) + 1, force=force, keep=keep))
+        node.inbox.append(Command(kind, len(node.replies) + 1, force=force, keep=keep, to=to))
         self.run(STEP_MS)
         return node.replies[-1]
 
@@ -172,6 +187,72 @@ def in_maintenance() -> Pair:
     pair = settled()
     assert pair.ask(pair.standby, CommandKind.MAINTENANCE_ON).accepted
     return pair.run(3000)
+
+
+def replicating(role: Role) -> CoreConfig:
+    """A node that replicates files."""
+    return CoreConfig(role, boot_id="boot", replication=True)
+
+
+def copied() -> Pair:
+    """The primary serves, the standby is a whole replica of it."""
+    pair = Pair(Journal(EPOCH), Journal(EPOCH), replicating)
+    for node in (pair.primary, pair.standby):
+        node.inbox.append(
+            model.ReplicaChanged(whole=True, stamped=True, epoch=EPOCH, newest_stamp=EPOCH)
+        )
+    pair.run(3000)
+    assert pair.primary.state.phase is Phase.ACTIVE
+    assert pair.standby.state.phase is Phase.PASSIVE
+    return pair
+
+
+def approaching() -> Pair:
+    """The service moves to the standby, which comes near to the primary's data."""
+    pair = copied()
+    assert pair.ask(pair.standby, CommandKind.HANDOVER, to=Role.STANDBY).accepted
+    pair.run(200)
+    assert pair.standby.state.phase is Phase.PRESYNC
+    return pair
+
+
+def given(pair: Pair) -> Epoch:
+    """The epoch that the standby named."""
+    epoch = pair.standby.state.handover
+    assert epoch is not None
+    return epoch
+
+
+def frozen() -> Pair:
+    """The standby is near enough, and the primary holds its clients; something writes still."""
+    pair = approaching()
+    pair.primary.unanswered.add(model.Freeze)
+    pair.standby.inbox.append(model.PresyncChanged(given(pair), ready=True))
+    pair.run(100)
+    assert pair.primary.state.phase is Phase.FREEZING
+    return pair
+
+
+def prepared() -> Pair:
+    """The primary gave its authority away, and the standby proves its copy."""
+    pair = frozen()
+    flight = pair.primary.state.flights["freeze"]
+    pair.primary.inbox.append(model.Completed(flight.number, model.Frozen(ok=True)))
+    pair.run(100)
+    assert pair.primary.state.phase is Phase.PREPARED
+    assert pair.standby.state.phase is Phase.FINAL_SYNC
+    return pair
+
+
+def proved() -> Pair:
+    """As before, and the proof is done: the new epoch is on its way to the standby's disk."""
+    pair = prepared()
+    pair.standby.unanswered.add(model.Persist)
+    pair.standby.inbox.append(model.FinalChanged(given(pair), proved=True))
+    pair.run(50)
+    assert pair.standby.state.phase is Phase.RESTORING
+    assert pair.standby.state.commit_ordered
+    return pair
 
 
 def faulty() -> Pair:

@@ -462,6 +462,143 @@ def test_a_node_without_an_epoch() -> None:
     assert facts["authority"] is None
 
 
+# --------------------------------------------------------------------------- handover
+
+
+def moved(pair: Pair, node: Node) -> Situation:
+    facts = seen(pair, node)["handover"]
+    assert isinstance(facts, dict)
+    return facts
+
+
+def test_nothing_is_moved_and_nothing_was() -> None:
+    pair = situations.copied()
+    assert moved(pair, pair.primary) == {
+        "side": None,
+        "step": None,
+        "to": None,
+        "epoch": None,
+        "text": None,
+        "since_ms": None,
+        "held_ms": None,
+        "last": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "giver", "receiver"),
+    [
+        (
+            situations.approaching,
+            ("PRESYNC", "the other node comes near to this one's data, and this one serves on"),
+            ("PRESYNC", "comes near to the other node's data, which still serves"),
+        ),
+        (
+            situations.frozen,
+            ("FREEZING", "clients are held; waits until nothing writes any more"),
+            ("PRESYNC", "near enough: the other node is asked to hold its clients"),
+        ),
+        (
+            situations.prepared,
+            ("PREPARED", "gave its authority away; waits for the other node's word"),
+            ("FINAL_SYNC", "last pass and proof; clients are held"),
+        ),
+        (
+            situations.proved,
+            ("PREPARED", "gave its authority away; waits for the other node's word"),
+            ("RESTORING", "both copies are proved equal; the new epoch goes to the disk"),
+        ),
+    ],
+)
+def test_both_sides_say_how_far_a_handover_is(
+    made: Any, giver: tuple[str, str], receiver: tuple[str, str]
+) -> None:
+    pair = made()
+    for node, side, told in (
+        (pair.primary, "giver", giver),
+        (pair.standby, "receiver", receiver),
+    ):
+        facts = moved(pair, node)
+        assert (facts["side"], facts["to"], facts["epoch"]) == (side, "standby", 8)
+        assert (facts["step"], facts["text"]) == told
+        assert seen(pair, node)["alarms"] == []
+        assert seen(pair, node)["next"] == describe._NEXT_BY_ROW.get(node.state.row, "nothing")
+
+
+def test_it_is_said_how_long_clients_are_held() -> None:
+    pair = situations.prepared()
+    before = moved(pair, pair.primary)["held_ms"]
+    pair.run(3000)
+    assert moved(pair, pair.primary)["held_ms"] == before + 3000
+    assert 3000 <= moved(pair, pair.standby)["held_ms"] < 3200
+    assert moved(pair, pair.standby)["since_ms"] >= 3000
+
+
+def test_a_request_is_shown_until_it_is_taken_up() -> None:
+    pair = situations.copied()
+    pair.standby.state.unsure = True
+    pair.standby.unanswered.add(model.Persist)
+    assert pair.ask(pair.primary, CommandKind.HANDOVER, to=Role.STANDBY).accepted
+    pair.run(1000)
+    facts = moved(pair, pair.primary)
+    assert (facts["side"], facts["step"], facts["epoch"]) == ("giver", "ASKED", None)
+    assert facts["since_ms"] == 1000
+
+
+def test_how_the_last_handover_ended() -> None:
+    pair = situations.prepared()
+    assert pair.ask(pair.standby, CommandKind.ABORT).accepted
+    pair.run(1000)
+    last = moved(pair, pair.standby)["last"]
+    assert (last["epoch"], last["to"], last["done"]) == (8, "standby", False)
+    assert last["why"] == "the operator ended it"
+    assert 900 <= last["age_ms"] <= 1000
+    assert "its `nfsha status` says why" in moved(pair, pair.primary)["last"]["why"]
+    pair = situations.proved()
+    number = pair.standby.state.flights["persist"].number
+    pair.standby.unanswered.clear()
+    pair.standby.inbox.append(model.Completed(number, model.Persisted(pair.standby.state.writing)))
+    pair.run(500)
+    for node in (pair.primary, pair.standby):
+        last = moved(pair, node)["last"]
+        assert (last["done"], last["why"]) == (True, "done")
+
+
+def test_a_node_in_prepared_shows_the_conditions_of_a_takeover() -> None:
+    pair = situations.prepared()
+    facts = seen(pair, pair.primary)
+    assert condition(facts, 1)[1].startswith("the peer works on the handover (heard ")
+    assert condition(facts, 2)[0]
+    assert facts["next"].endswith("or end it with `nfsha abort`")
+    pair.primary.witness = False
+    pair.standby.on = False
+    pair.run(8000)
+    facts = seen(pair, pair.primary)
+    assert facts["row"] == "T90"
+    assert moved(pair, pair.primary)["side"] == "giver"
+    assert not condition(facts, 5)[0]
+    assert "unserved" in alarms(pair, pair.primary)
+
+
+def test_a_receiver_that_cannot_tell_is_named_as_the_trouble() -> None:
+    pair = situations.prepared()
+    pair.standby.persist_error = "No space left on device"
+    epoch = situations.given(pair)
+    pair.standby.inbox.append(model.FinalChanged(epoch, proved=True))
+    pair.run(500)
+    facts = seen(pair, pair.primary)
+    assert facts["row"] == "Q96"
+    assert "the disk of its journal?" in facts["next"]
+    assert "persist-failed" in alarms(pair, pair.standby)
+
+
+def test_a_handover_is_no_reason_to_doubt_the_other_node() -> None:
+    pair = situations.approaching()
+    pair.run(6000)
+    assert alarms(pair, pair.primary) == []
+    assert alarms(pair, pair.standby) == []
+
+
 def test_every_hint_is_of_a_row_that_stays_where_it_is() -> None:
     stays = {row.id for row in ROWS if row.to is None and row.event == TURN}
     assert set(describe._NEXT_BY_ROW) <= stays
@@ -478,6 +615,8 @@ def test_every_hint_is_of_a_row_that_stays_where_it_is() -> None:
     [
         situations.settled, situations.waiting, situations.isolated, situations.diverged,
         situations.in_maintenance, situations.faulty, lambda: situations.vip_answered(4000),
+        situations.copied, situations.approaching, situations.frozen, situations.prepared,
+        situations.proved,
     ],
 )  # fmt: skip
 def test_a_situation_is_plain_json_and_changes_nothing(pair: Any) -> None:

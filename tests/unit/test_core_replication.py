@@ -7,7 +7,6 @@ import pytest
 from nfsha.core import model
 from nfsha.core.model import (
     CommandKind,
-    CoreConfig,
     Epoch,
     Journal,
     Phase,
@@ -18,13 +17,9 @@ from nfsha.core.model import (
 from nfsha.core.replication import Fetch, Offer, Rest, flow
 from nfsha.core.state import State
 from tests.unit import situations
-from tests.unit.situations import EPOCH, Node, Pair
+from tests.unit.situations import EPOCH, Node, Pair, replicating
 
 NEWER = Epoch(EPOCH.number + 2, "00000000000000ff", Role.STANDBY)
-
-
-def replicating(role: Role) -> CoreConfig:
-    return CoreConfig(role, boot_id="boot", replication=True)
 
 
 def told(epoch: Epoch, *, whole: bool = True, stamp: Epoch | None = None) -> ReplicaChanged:
@@ -32,8 +27,9 @@ def told(epoch: Epoch, *, whole: bool = True, stamp: Epoch | None = None) -> Rep
 
 
 def settled(*, whole: bool = True) -> Pair:
-    """The primary serves, the standby is (or is not) a whole replica."""
+    """The primary serves, the standby is (or is not) a whole replica; the test ends receivers."""
     pair = Pair(Journal(EPOCH), Journal(EPOCH), replicating)
+    pair.standby.unanswered.add(model.StopReceivers)
     pair.primary.inbox.append(told(EPOCH))
     pair.standby.inbox.append(told(EPOCH, whole=whole))
     return pair.run(3000)
@@ -175,6 +171,8 @@ def test_a_stamp_above_the_journal_forbids_the_older_data_to_serve() -> None:
 @pytest.mark.parametrize("name", ["primary", "standby"])
 def test_an_operator_who_chooses_gets_an_epoch_above_every_stamp(name: str) -> None:
     pair = Pair(Journal(EPOCH), Journal(EPOCH), replicating)
+    for node in (pair.primary, pair.standby):
+        node.unanswered.add(model.StopReceivers)
     pair.primary.inbox.append(told(EPOCH))
     pair.standby.inbox.append(told(EPOCH, whole=False, stamp=NEWER))
     pair.run(3000)
