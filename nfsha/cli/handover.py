@@ -22,6 +22,7 @@ BEGIN_WITHIN_S = 15.0
 """Longer than a giver's request waits for the other node to begin."""
 
 _STEPS: Mapping[str, str] = {
+    "ASKED": "waits for the other node",
     "PRESYNC": "comes near to the data, which is still served where it is",
     "FREEZING": "clients are held from now on",
     "PREPARED": "clients are held; the last changes cross over",
@@ -93,18 +94,19 @@ def _watch(path: Path, to: Role, *, as_json: bool) -> Answer:
         facts = client.status(path)
         now_s = time.monotonic()
         move = facts["handover"]
-        step = move["step"] if move is not None else ""
-        if step in ("FREEZING", "PREPARED", "FINAL_SYNC", "RESTORING") and held_s is None:
+        step = move["step"] or ""
+        if move["held_ms"] is not None and held_s is None:
             held_s = now_s
         if _serves(facts) == str(to):
             moved_s = now_s
             break
-        begun = begun or step in _STEPS
-        if begun and step not in _STEPS and _serves(facts) is not None:
+        begun = begun or step not in ("", "ASKED")
+        if begun and not step and _serves(facts) is not None:
+            why = move["last"]["why"] if move["last"] is not None else "it ended on the other node"
             raise CommandError(
                 Exit.ABORTED,
-                f"aborted and rolled back: the {_serves(facts)} serves",
-                "`nfsha events` on both nodes says why",
+                f"aborted and rolled back, the {_serves(facts)} serves: {why}",
+                "`nfsha events` on both nodes has the whole story",
                 {"status": facts},
             )
         if not begun and now_s - began_s >= BEGIN_WITHIN_S:
@@ -114,11 +116,8 @@ def _watch(path: Path, to: Role, *, as_json: bool) -> Answer:
                 "look at `nfsha status` there",
                 {"status": facts},
             )
-        line = (
-            f"{now_s - began_s:6.1f} s  {step:<10} {_STEPS.get(step, 'waits for the other node')}"
-        )
-        if step != shown and not as_json:
-            print(line, flush=True)
+        if step != shown and step and not as_json:
+            print(f"{now_s - began_s:6.1f} s  {step:<10} {_STEPS.get(step, move['text'] or '')}", flush=True)
         shown = step
         time.sleep(POLL_S)
     took_s = moved_s - began_s

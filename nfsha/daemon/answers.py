@@ -148,7 +148,6 @@ class Answers:
             "scheduling": "; ".join(self._scheduling.words),
             "risks": list(warnings(settings)),
             "copies": self._copies.brief(),
-            "handover": self._handover.facts(),
             "uptime_ms": now_ms - self._started_ms,
         }
 

@@ -1,4 +1,4 @@
-"""What the daemon says of a planned move of the service: may it be, how far is it.
+"""What the daemon says of a planned move of the service before it begins: may it be.
 
 The table of guards shows all of them with what was found, never only the first that fails. Nothing
 here decides a move: the core looks at its own conditions once more when it is asked for one.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nfsha.core import lease
-from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Phase, Role
+from nfsha.core.model import Phase, Role
 from nfsha.core.state import State
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError
@@ -49,29 +49,6 @@ class HandoverAnswers:
         if bad:
             words = "; ".join(f"{one.name}: {one.found}" for one in bad)
             raise CommandError(words, {"refused": True, **self.plan(to)})
-
-    def facts(self) -> Facts | None:
-        """Where a move stands, as this node sees it; None while there is none."""
-        engine = self._shell.engine
-        if engine is None:
-            return None
-        state = engine.state
-        heard = lease.peer_heard(state, self._shell.world.clock_ms())
-        report = state.report if heard else None
-        theirs = report.handover if report is not None else None
-        epoch = state.handover or state.prepared or theirs
-        if epoch is None and not state.asks:
-            return None
-        replicator = self._shell.world.replication.replicator
-        receiving = replicator.receiving if replicator is not None else None
-        here = state.phase in RECEIVING_PHASES | GIVING_PHASES
-        return {
-            "epoch": epoch.number if epoch is not None else None,
-            "to": str(epoch.authority if epoch is not None else state.me.other),
-            "step": str(state.phase if here else report.phase if report is not None else ""),
-            "passes": receiving.passes if receiving is not None else 0,
-            "last_pass_ms": receiving.last_pass_ms if receiving is not None else 0,
-        }
 
     # ------------------------------------------------------------- the guards
 
