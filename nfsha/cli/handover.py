@@ -117,7 +117,10 @@ def _watch(path: Path, to: Role, *, as_json: bool) -> Answer:
                 {"status": facts},
             )
         if step != shown and step and not as_json:
-            print(f"{now_s - began_s:6.1f} s  {step:<10} {_STEPS.get(step, move['text'] or '')}", flush=True)
+            print(
+                f"{now_s - began_s:6.1f} s  {step:<10} {_STEPS.get(step, move['text'] or '')}",
+                flush=True,
+            )
         shown = step
         time.sleep(POLL_S)
     took_s = moved_s - began_s

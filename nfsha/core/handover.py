@@ -9,7 +9,7 @@ higher epoch.
 from __future__ import annotations
 
 from nfsha.core import lease
-from nfsha.core.model import RECEIVING_PHASES, Epoch, Phase
+from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Epoch, Phase
 from nfsha.core.state import State
 
 ANSWER_MS = 10_000
@@ -63,6 +63,15 @@ def peer_could_receive(state: State, now_ms: int) -> bool:
         and report.epoch == state.durable.epoch
         and report.healthy
     )
+
+
+def under_way(state: State, now_ms: int) -> bool:
+    """Is a handover asked for, or worked on here, or by a peer that is heard?"""
+    if state.phase in RECEIVING_PHASES | GIVING_PHASES or state.asks:
+        return True
+    report = state.report
+    heard = report is not None and lease.peer_heard(state, now_ms)
+    return report is not None and heard and report.phase in RECEIVING_PHASES
 
 
 # --------------------------------------------------------------------------- the giver

@@ -12,7 +12,7 @@ import gc
 import logging
 import signal
 
-from nfsha.core import lease
+from nfsha.core import handover, lease
 from nfsha.core.engine import Decision, Engine, begin
 from nfsha.core.model import Command, CommandKind, Fired, Phase, Reply
 from nfsha.daemon.executors import Executors
@@ -21,6 +21,11 @@ from nfsha.daemon.world import World, new_session
 from nfsha.host.systemd import Systemd, own_unit, stop_is_restart
 
 log = logging.getLogger(__name__)
+
+HAND_OVER_WITHIN_S = 40.0
+"""So long a final stop may take to move the service away first: well below `TimeoutStopSec=`."""
+
+POLL_S = 0.02
 
 LEAVE_WITHIN_S = 3.0
 """A stopping daemon whose engine does not come to an end is ended after this time."""
@@ -160,6 +165,8 @@ class Shell:
 
     async def _end(self) -> None:
         restart = await stop_is_restart(own_unit())
+        if not restart:
+            await self._hand_over_first()
         kind = CommandKind.RESTART if restart else CommandKind.STOP
         reply = await self.command(kind)
         log.info("%s: %s", reply.row, reply.why)
@@ -168,6 +175,41 @@ class Shell:
         if not self._left:
             log.error("the engine did not come to an end within %.0f s", within_s)
             self._leave("ended by force")
+
+    async def _hand_over_first(self) -> None:
+        """A final stop of the serving node moves the service away, if that can be within the time.
+
+        Else the node releases, and the other one takes over what its copy has: the log says why.
+        Only where nfsha replicates: of somebody else's copies nothing is gained.
+        """
+        engine = self.engine
+        if engine is None or engine.state.phase is not Phase.ACTIVE:
+            return
+        if not engine.state.config.replication:
+            return
+        reply = await self.command(CommandKind.HANDOVER, to=engine.state.me.other)
+        if not reply.accepted:
+            log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
+            return
+        log.info("hands over before it stops: %s (%s)", reply.why, reply.row)
+        if not await self._handed_over(engine):
+            ended = engine.state.last_handover
+            why = ended.why if ended is not None else "the other node did not begin"
+            log.warning("stops without having handed over: %s", why)
+
+    async def _handed_over(self, engine: Engine) -> bool:
+        """Waits for the end of the handover that was asked for; ends it when its time is over."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + HAND_OVER_WITHIN_S
+        while handover.under_way(engine.state, self.world.clock_ms()):
+            if loop.time() >= end_s:
+                reply = await self.command(CommandKind.ABORT)
+                log.warning("the handover takes too long for a stop: %s", reply.why)
+                end_s = loop.time() + LEAVE_WITHIN_S
+                if not reply.accepted:
+                    break
+            await asyncio.sleep(POLL_S)
+        return not engine.state.is_authority
 
     async def close(self) -> None:
         """Ends what the shell itself started."""

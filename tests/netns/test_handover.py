@@ -153,6 +153,32 @@ def test_home_again_after_a_crash_and_what_was_never_replicated_is_kept(copies: 
     assert_one_at_a_time(copies, moves=2)
 
 
+def test_a_final_stop_of_the_serving_node_loses_nothing(lab: Lab) -> None:
+    copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
+    copies.settle_whole()
+    records = copies.lab.write_records()
+    records.wait_acked(20)
+    stopped_ms = copies.now_ms()
+    assert copies.daemon("a").stop(60) == 0
+    assert copies.wait_phase("b", "ACTIVE", since_ms=stopped_ms).row == "X20"
+    records.wait_acked(20)
+    found = records.stop()
+    assert_held_not_failed(found, moves=1)
+    assert set(found.acked) <= set(copies.lab.read_records())
+    assert_one_at_a_time(copies, moves=1)
+
+
+def test_a_stop_that_cannot_hand_over_says_why_and_releases(lab: Lab) -> None:
+    copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
+    copies.settle_whole()
+    copies.lab.b.nfsha("maintenance", "on")
+    stopped_ms = copies.now_ms()
+    assert copies.daemon("a").stop(60) == 0
+    assert "stops without handing over first" in copies.log("a")
+    copies.wait_event("a", lambda e: e.row == "C62", "release", since_ms=stopped_ms, within_s=2)
+    assert copies.moves("b", stopped_ms) == []
+
+
 # ------------------------------------------------------------------ refused
 
 

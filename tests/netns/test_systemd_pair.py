@@ -289,10 +289,10 @@ def test_a_stop_of_the_active_one_gives_the_address_to_the_other(duo: Duo) -> No
     duo.active.systemctl("stop", "nfsha")
     lab = duo.copies.lab
     assert duo.active.name not in lab.look().holders(VIP)
-    assert "this node releases, and the peer may take over" in duo.active.journal()
-    duo.wait_move(duo.passive, "ACTIVE")
-    said = duo.passive.journal("--lines=20")
-    assert re.search(r"takeover: volume data: writes of the last [0-9.]+ s may be missing", said)
+    assert "hands over before it stops" in duo.active.journal("--lines=40")
+    moved = [one.row for one in duo.copies.events(duo.passive.name, duo.began_ms)]
+    assert "X20" in moved
+    assert "T20" not in moved
     closed = duo.active.addresses.lan.ipv4
     assert lab.c.inside(lambda: rpc_null(closed, NFS_PORT, 100003, 3)) is None
     duo.active.systemctl("start", "nfsha")
@@ -344,8 +344,8 @@ def test_a_power_cut_is_a_takeover_and_the_machine_comes_back_by_itself(duo: Duo
 
 def test_a_shutdown_gives_the_address_away_and_the_machine_comes_back(duo: Duo) -> None:
     duo.active.shut_down()
-    asked = [one for one in duo.copies.events(duo.active.name, duo.began_ms) if one.row == "C62"]
-    assert [one.to for one in asked] == ["WAITING"]
+    given = [one.row for one in duo.copies.events(duo.active.name, duo.began_ms)]
+    assert "Q10" in given
     duo.wait_move(duo.passive, "ACTIVE")
     duo.copies.lab.power_cut(duo.active.name)  # only tidies up: it is off
     duo.copies.lab.boot(duo.active.name)
