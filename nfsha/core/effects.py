@@ -43,6 +43,10 @@ def new_epoch(state: State) -> Epoch:
     number = max(handover.highest_number(state), higher.number if higher else 0, theirs) + 1
     if state.want.epoch is not None:
         number = max(number, state.want.epoch.number + 1)
+    if state.report is not None and state.report.phase in (Phase.TAKEOVER, Phase.PREPARED):
+        number += (
+            1  # the peer may have taken the next one unheard: two of a number are two histories
+        )
     seed = f"{state.me}:{state.session}:{number}".encode()
     return Epoch(number, hashlib.sha256(seed).hexdigest()[:16], state.me)
 

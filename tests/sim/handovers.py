@@ -532,6 +532,26 @@ def the_giver_was_cut_off(only: str | None) -> None:
         expect(world.b.accepts(), "B has the newer data, and serves")
 
 
+def the_receiver_was_cut_off(only: str | None) -> None:
+    """S: B is cut off in FINAL_SYNC; A takes over, serves, and dies; then B's paths are well again.
+
+    B takes over as after any crash. When A returns its epoch must lie below B's: two of one number
+    are two histories, and nobody serves until the operator decides.
+    """
+    world = HandoverWorld(only)
+    world.b.volumes.finish_takes_us = 3_000 * MS_US
+    world.come_to("FINAL_SYNC")
+    world.cut_off(world.b)
+    world.serves_within(world.a, TAKEN_WITHIN_S, "B is cut off")
+    world.run_for(3)
+    world.a.power_off()
+    world.heal()
+    world.serves_within(world.b, TAKEN_WITHIN_S, "A is off")
+    world.run_for(1)
+    world.one_authority()
+    expect(world.b.accepts(), "B serves")
+
+
 def a_thaw_fails_in_the_takeover(only: str | None) -> None:
     """S: B is off, A takes over from PREPARED, and its volumes do not thaw at the first try."""
     world = HandoverWorld(only)
@@ -600,6 +620,7 @@ FURTHER: tuple[Scenario, ...] = (
     Scenario(STAYS_DOWN, the_giver_takes_back_with_a_slow_disk),
     Scenario(STAYS_DOWN, the_receivers_disk_is_full),
     Scenario(LOST, the_giver_was_cut_off),
+    Scenario(STAYS_DOWN, the_receiver_was_cut_off),
     Scenario(STAYS_DOWN, a_thaw_fails_in_the_takeover),
     Scenario(LOST, the_giver_is_stopped_in_prepared),
     Scenario("freeze", it_goes_back_before_the_thaw),

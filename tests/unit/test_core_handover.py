@@ -625,7 +625,7 @@ def test_a_giver_in_prepared_holds_a_takeover_off_for_two_seconds_only() -> None
     assert not pair.standby.state.withhold_since_ms
     pair.run(2000)
     assert phase_of(pair.standby) is Phase.ACTIVE
-    assert pair.standby.state.epoch_number == EPOCH.number + 2
+    assert pair.standby.state.epoch_number == EPOCH.number + 3, "the giver may have taken 9"
 
 
 # --------------------------------------------------------------------------- hooks
