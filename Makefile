@@ -24,7 +24,7 @@ setup: ## install what is missing on a Debian 12 machine (root; done by itself b
 venv:
 	@scripts/setup.sh venv
 
-demo: setup ## two storage servers in a box: kill one, watch the other take over (root; 90 s)
+demo: setup ## two storage servers in a box: kill one, watch the other take over, and go home again (root; 90 s)
 	@$(PYTHON) -m tests.netns.demo
 
 test: setup ## all tests but the slow ones (root; at most 25 minutes)

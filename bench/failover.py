@@ -9,20 +9,17 @@ root. Bounded: about half an hour with ten runs and ten calm minutes.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from bench import calm, idle, machine, report, rounds
 from bench.contestants import KINDS, Kind
+from bench.ending import carry_out
 from bench.faults import FAULTS, Fault
-from bench.findings import OURS, Failure, Findings, bars, passed
-from tests.netns.lab import require_root
-from tests.netns.labkit import registry
-from tests.netns.labkit.place import REPOSITORY, LabError
+from bench.findings import OURS, Bar, Failure, Findings, bars
+from tests.netns.labkit.place import REPOSITORY
 
 PARTS = ("idle", *(fault.name for fault in FAULTS), "calm")
 RESULTS = REPOSITORY / "bench" / "results"
@@ -56,9 +53,20 @@ class Bench:
         if "calm" in only:
             self.findings.calm = calm.measure(KINDS, self._options.calm_minutes, self._say)
 
-    def write(self) -> None:
-        """Writes what was found so far."""
-        report.write(self._options.out, self.findings, self._configurations)
+    @property
+    def found_something(self) -> bool:
+        """There is something to write."""
+        return bool(self.findings.samples)
+
+    def write(self) -> Path:
+        """Writes what was found so far; returns the page."""
+        out: Path = self._options.out
+        report.write(out, self.findings, self._configurations)
+        return out / "failover.md"
+
+    def bars(self) -> list[Bar]:
+        """Every bar, each with what was found."""
+        return bars(self.findings)
 
     def _round(self, number: int, fault: Fault, kinds: Sequence[Kind]) -> None:
         found = rounds.play(kinds, fault)
@@ -117,33 +125,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _end(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the bench; returns 0, 1 when a bar is not met, 2 when it cannot run, 130 after ^C."""
+    """Runs the bench; returns the exit code (`carry_out`)."""
     options = _options(argv)
-    signal.signal(signal.SIGTERM, _end)
-    try:
-        require_root()
-        bench = Bench(options)
-        bench.run()
-    except LabError as error:
-        print(f"the bench cannot go on: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ended; nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        registry.sweep()
-    bench.write()
-    judged = bars(bench.findings)
-    for bar in judged:
-        word = {True: "met", False: "NOT MET", None: "-"}[bar.met]
-        print(f"{word:8}{bar.text}: {bar.found}")
-    print(f"written: {options.out / 'failover.md'}")
-    return 0 if passed(judged) else 1
+    return carry_out(lambda: Bench(options))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import FrameType
 
 from bench import machine
 from bench import replication_report as report
-from bench.findings import passed
+from bench.ending import carry_out
+from bench.findings import Bar
 from bench.replication_findings import FIRST, Equality, Findings, Journal, Sample, bars
 from bench.replication_sides import Cron, Nfsha, Pass, Side
 from bench.replication_trees import (
@@ -35,8 +35,7 @@ from bench.replication_trees import (
     make_large,
 )
 from bench.replication_usage import cpu_s
-from tests.netns.lab import Lab, require_root
-from tests.netns.labkit import registry
+from tests.netns.lab import Lab
 from tests.netns.labkit.place import REPOSITORY, LabError
 from tests.netns.treewalk import differences
 
@@ -63,6 +62,7 @@ class Bench:
 
     def run(self) -> None:
         """All parts that were asked for. Raises LabError when a lab or a side fails for good."""
+        _require_space()
         only: tuple[str, ...] = self._options.only
         if {"calm", "changes", "journal"} & set(only):
             for size in self._options.sizes:
@@ -72,9 +72,20 @@ class Bench:
                 for run in range(1, self._options.runs + 1):
                     self._first(scenario, run)
 
-    def write(self) -> None:
-        """Writes what was found so far."""
-        report.write(self._options.out, self.findings, Cron.configuration())
+    @property
+    def found_something(self) -> bool:
+        """There is something to write."""
+        return bool(self.findings.samples)
+
+    def write(self) -> Path:
+        """Writes what was found so far; returns the page."""
+        out: Path = self._options.out
+        report.write(out, self.findings, Cron.configuration())
+        return out / "replication.md"
+
+    def bars(self) -> list[Bar]:
+        """Every bar, each with what was found."""
+        return bars(self.findings)
 
     # ------------------------------------------------------------- passes over one tree
 
@@ -102,7 +113,8 @@ class Bench:
                 self._journal(lab, tree, nfsha)
             for side in (cron, nfsha):
                 side.sync(tree.volume)
-                self._compare(side.name, lab, tree.volume, side.target(tree.volume), tree.files)
+            targets = [(one.name, tree.volume, one.target(tree.volume)) for one in (cron, nfsha)]
+            self._compare(lab, targets, tree.files)
 
     def _prepare(self, lab: Lab, tree: Tree, cron: Cron, nfsha: Nfsha) -> None:
         """Pairs the volumes while they are empty, and fills all three while nobody looks."""
@@ -148,8 +160,9 @@ class Bench:
                 if done is not None:
                     self._keep(side.name, scenario, 0, run, done)
                     told.append(f"{side.title} {done.cost.wall_s:.2f} s")
-                    for volume in VOLUMES if run == self._options.runs else ():
-                        self._compare(side.name, lab, volume, side.target(volume), 0, scenario)
+                    if run == self._options.runs:
+                        targets = [(side.name, one, side.target(one)) for one in VOLUMES]
+                        self._compare(lab, targets, 0, scenario)
             self._say(f"initial copy, {scenario}, run {run}: {', '.join(told)}")
 
     # ------------------------------------------------------------- the change journal
@@ -190,12 +203,19 @@ class Bench:
         )
 
     def _compare(
-        self, side: str, lab: Lab, volume: str, target: Path, files: int, scenario: str = ""
+        self, lab: Lab, targets: Sequence[tuple[str, str, Path]], files: int, scenario: str = ""
     ) -> None:
-        self._say(f"comparing {volume} of {side} with its source")
-        found = tuple(differences(lab.a.path(f"/nfs/{volume}"), target, limit=10))
-        what = f"{scenario}, {volume}" if scenario else volume
-        self.findings.equalities.append(Equality(side, what, files or look(target), found))
+        """Compares copies (side, volume, where it is) with their sources, two at a time."""
+        self._say(f"comparing {', '.join(f'{volume} of {side}' for side, volume, _ in targets)}")
+        with ProcessPoolExecutor(max_workers=2) as pool:
+            compared = [
+                pool.submit(differences, lab.a.path(f"/nfs/{volume}"), target, limit=10)
+                for _, volume, target in targets
+            ]
+            for (side, volume, target), found in zip(targets, compared, strict=True):
+                what = f"{scenario}, {volume}" if scenario else volume
+                count = files or look(target)
+                self.findings.equalities.append(Equality(side, what, count, tuple(found.result())))
 
     def _try(self, work: Callable[[], Pass], what: str) -> Pass | None:
         try:
@@ -297,10 +317,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _end(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _require_space() -> None:
     free = shutil.disk_usage("/tmp").free
     if free < _FREE_BYTES:
@@ -308,33 +324,9 @@ def _require_space() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the bench; returns 0, 1 when a bar is not met, 2 when it cannot run, 130 after ^C."""
+    """Runs the bench; returns the exit code (`carry_out`)."""
     options = _options(argv)
-    bench = None
-    signal.signal(signal.SIGTERM, _end)
-    try:
-        require_root()
-        _require_space()
-        bench = Bench(options)
-        bench.run()
-    except LabError as error:
-        print(f"the bench cannot go on: {error}", file=sys.stderr)
-        if bench is not None and bench.findings.samples:
-            bench.write()
-            print(f"written, as far as it came: {options.out / 'replication.md'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ended; nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        registry.sweep()
-    bench.write()
-    judged = bars(bench.findings)
-    for bar in judged:
-        word = {True: "met", False: "NOT MET", None: "-"}[bar.met]
-        print(f"{word:8}{bar.text}: {bar.found}")
-    print(f"written: {options.out / 'replication.md'}")
-    return 0 if passed(judged) else 1
+    return carry_out(lambda: Bench(options))
 
 
 if __name__ == "__main__":

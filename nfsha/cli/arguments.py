@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import nfsha
-from nfsha.cli import fsm, operate, replicate, setup, watch
+from nfsha.cli import fsm, handover, operate, replicate, setup, watch
 from nfsha.cli.exits import MEANINGS, Answer
 from nfsha.config.kinds import WrongError, bandwidth
 
@@ -102,6 +102,7 @@ SOCKET = Option(
     "the daemon's socket (default: the one that the configuration names)",
     {"metavar": "PATH"},
 )
+DRY_RUN = Option(("--dry-run",), "show the guards, change nothing", FLAG)
 YES = Option(("--yes",), "do not ask for confirmation", FLAG)
 
 
@@ -182,6 +183,13 @@ COMMANDS: tuple[Command, ...] = (
         "Sizes are decimal, times are UTC.",
     ),
     Command(
+        "clients", LOOK, "list the connections of clients, as both nodes know them",
+        "nfsha clients", watch.clients,
+        (Option(("--watch",), "show it again each second, until ^C", FLAG), CONFIG, SOCKET),
+        "The node that serves tells the other one who is connected: so it can have them connect "
+        "anew at once if it takes over.",
+    ),
+    Command(
         "volumes pair", COPY, "make the volumes of one name on both nodes a pair",
         "nfsha volumes pair data", replicate.pair,
         (
@@ -253,6 +261,23 @@ COMMANDS: tuple[Command, ...] = (
         "quarantine drop", COPY, "delete one quarantine entry for good",
         "nfsha quarantine drop ENTRY", replicate.quarantine_drop,
         (ENTRY, YES, VOLUME, CONFIG, SOCKET),
+    ),
+    Command(
+        "failback", DECIDE, "move the service home to the primary, with nothing lost",
+        "nfsha failback --dry-run", handover.failback, (DRY_RUN, YES, CONFIG, SOCKET),
+        "Runs on either node. All guards are shown before it asks. Clients are held for seconds; "
+        "^C ends the watching only.",
+    ),
+    Command(
+        "switchover", DECIDE, "move the service away to the standby, for maintenance",
+        "nfsha switchover --yes", handover.switchover, (DRY_RUN, YES, CONFIG, SOCKET),
+        "As `failback`, the other way.",
+    ),
+    Command(
+        "abort", DECIDE, "end a failback or switchover that is under way",
+        "nfsha abort", handover.abort, (CONFIG, SOCKET),
+        "Until the new epoch is ordered: then the node that served before serves on within a "
+        "second.",
     ),
     Command(
         "activate", DECIDE, "make this node serve although the peer cannot agree",
@@ -335,7 +360,8 @@ COMMANDS: tuple[Command, ...] = (
             ),
             CONFIG,
         ),
-        "Afterwards clients reach the NFS service on this machine's own addresses.",
+        "Afterwards clients reach the NFS service on this machine's own addresses. Volumes that "
+        "hooks mount are given up too, by the unmount hook.",
     ),
     Command(
         "fsm table", EXPLAIN, "list every rule by which nfsha decides",

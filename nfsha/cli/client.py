@@ -95,6 +95,11 @@ def volumes(path: Path) -> Facts:
     return {**answer, "volumes": found}
 
 
+def clients(path: Path) -> Facts:
+    """The connections of clients: those that this node sees, and those that the other one told."""
+    return dict(_call(path, "clients", {})["clients"])
+
+
 def sync_and_wait(path: Path, args: Mapping[str, object]) -> Iterator[Facts]:
     """Begins passes, and tells how they stand until they have ended; the last one is `done`."""
     try:

@@ -1,7 +1,8 @@
-"""Takes away what a stopped daemon may have left in the kernel: the VIP, and the firewall's rules.
+"""Takes away what a stopped daemon may have left: the VIP, hooked volumes, the firewall's rules.
 
 It changes nothing while a daemon lives. The VIP goes first: as long as it is on the interface, the
-rules that close the NFS ports stay (I2).
+rules that close the NFS ports stay (I2). Volumes that hooks mount are given up last, by the unmount
+hook, so that the other node can mount them: one that fails keeps nothing else from going.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from nfsha.vip.freeze import Firewall, FirewallError, Guarded, choose
 
 
 def release(args: argparse.Namespace) -> Answer:
-    """Removes the VIP and nfsha's own rules; with `--if-stopped` the VIP, on a final stop only."""
-    settings = load_settings(args)
+    """Removes the VIP and nfsha's own rules; with `--if-stopped` the VIP, on a final stop only.
+
+    Volumes that hooks mount are given up either way.
+    """
+    settings = _load_settings(args)
     path = settings.paths.runtime / client.SOCKET_NAME
     if args.if_stopped and not asyncio.run(systemd.is_final_stop(systemd.own_unit())):
         text = "nothing to do: the daemon starts again, and until then its leases decide"
@@ -42,7 +46,28 @@ def release(args: argparse.Namespace) -> Answer:
         raise CommandError(
             Exit.CANNOT, f"the VIP is not on {settings.interface}, but the rules stay: {error}"
         ) from error
-    return _answer(settings, removed, keep_rules=args.if_stopped)
+    answer = _answer(settings, removed, keep_rules=args.if_stopped)
+    if not settings.hooks.given:
+        return answer
+    if trouble := asyncio.run(_give_up_volumes(settings)):
+        raise CommandError(Exit.CANNOT, f"{answer.text}; the volumes are not given up: {trouble}")
+    data = {**(answer.data or {}), "volumes": "given up"}
+    return Answer(f"{answer.text}; the volumes are given up", data)
+
+
+def _load_settings(args: argparse.Namespace) -> Settings:
+    try:
+        return load_settings(args)
+    except CommandError as error:
+        if not args.if_stopped:
+            raise
+        # Where the start was refused for it, all of it stands in the journal already.
+        raise CommandError(
+            error.exit,
+            "the configuration cannot be used: what a daemon left ends with its leases",
+            "nfsha check-config",
+            error.data,
+        ) from None
 
 
 def _answer(settings: Settings, removed: Sequence[IPAddress], *, keep_rules: bool) -> Answer:
@@ -65,6 +90,14 @@ async def _release(settings: Settings, *, keep_rules: bool) -> list[IPAddress]:
     removed = await _remove_address(settings)
     await _close_or_remove_rules(settings, keep_rules=keep_rules)
     return removed
+
+
+async def _give_up_volumes(settings: Settings) -> str:
+    """Runs the unmount hook; returns why the volumes are not given up, or ""."""
+    # Here and not above: all of the daemon's parts take long to load, and few pairs have hooks.
+    from nfsha.daemon.volumes import HookedVolumes  # noqa: PLC0415
+
+    return (await HookedVolumes(settings).unmount(None)).detail
 
 
 async def _remove_address(settings: Settings) -> list[IPAddress]:

@@ -195,7 +195,15 @@ def held(one: Facts) -> bool:
 
 
 def _in_trouble(one: Facts) -> bool:
-    return "UNPAIRED" in pairing(one) or held(one) or get(one, "sync", "state") in _TROUBLE
+    if "UNPAIRED" in pairing(one) or held(one) or _spoiled(one):
+        return True
+    return get(one, "sync", "state") in _TROUBLE
+
+
+def _spoiled(one: Facts) -> bool:
+    """It has an identity on one node, so it was a volume, and cannot be one on the other."""
+    refused = get(one, "here", "refused") or get(one, "there", "refused")
+    return bool(refused) and one.get("uuid") is not None
 
 
 def _lines(one: Facts) -> Iterator[tuple[str, str]]:
@@ -320,6 +328,8 @@ def step_for(one: Facts) -> str:
         )
     if "UNPAIRED" in pairing(one):
         return _pairing_step(one, name)
+    if _spoiled(one):
+        return f"mend what keeps {name} from being a volume: it has no copy now"
     if get(one, "sync", "state") in ("failed", "refused"):
         return f"mend what it says, if anything, then `nfsha sync {name} --wait`"
     return ""

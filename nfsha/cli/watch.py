@@ -1,4 +1,4 @@
-"""The commands that look on: status, volumes and events. They change nothing."""
+"""The commands that look on: status, volumes, clients and events. They change nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from nfsha.cli import client, render, render_volumes
+from nfsha.cli import client, render, render_clients, render_volumes
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.setup import load_settings
 from nfsha.cli.words import Style
@@ -37,6 +37,12 @@ def volumes(args: argparse.Namespace) -> Answer:
     """Shows the volumes of both nodes and their copies; with `--watch` again each second."""
     path = client.socket_path(args)
     return _look(args, lambda: client.volumes(path), render_volumes.volumes)
+
+
+def clients(args: argparse.Namespace) -> Answer:
+    """Shows the connections of clients, as both nodes know them; with `--watch` again and again."""
+    path = client.socket_path(args)
+    return _look(args, lambda: client.clients(path), render_clients.clients)
 
 
 def _look(

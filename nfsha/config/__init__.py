@@ -23,6 +23,7 @@ from nfsha.config.settings import (
     RSYNC,
     SINGLE_LINK_WITNESS,
     Firewall,
+    Handover,
     Hooks,
     IPAddress,
     Link,
@@ -43,6 +44,7 @@ __all__ = [
     "RSYNC",
     "ConfigError",
     "Firewall",
+    "Handover",
     "Hooks",
     "IPAddress",
     "Link",
@@ -67,8 +69,8 @@ MAX_FILE_BYTES: Final = 1 << 20
 
 _LONG_EVERY_MS: Final = 3_600_000
 _LONG_FULL_EVERY_MS: Final = 86_400_000
-_LONG_HOOK_MS: Final = 80_000
-"""TimeoutStopSec= of the shipped service is 90 s."""
+_LONG_HOOK_MS: Final = 60_000
+"""TimeoutStopSec= of the shipped service is 90 s: time for a hook, and for its end by force."""
 _ALL_PERCENT: Final = 100
 
 MAX_PROBLEMS: Final = 50
@@ -232,6 +234,7 @@ def _assemble(reader: Reader) -> Settings:
             start_alone_after_ms=reader.take(keys.START_ALONE_KEY),
             accept=reader.take(keys.ACCEPT_KEY),
         ),
+        handover=Handover(max_stall_ms=reader.take(keys.MAX_STALL_KEY)),
         scheduling=Scheduling(
             realtime=reader.take(keys.REALTIME_KEY),
             lock_memory=reader.take(keys.LOCK_MEMORY_KEY),

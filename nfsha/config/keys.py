@@ -297,6 +297,13 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         '"30s"',
         "How long a hook may run; then it is killed, and counts as failed.",
     ),
+    MAX_STALL_KEY := optional(
+        "handover.max_stall",
+        duration(500, 600_000),
+        '"10s"',
+        "How long a `nfsha failback` or `switchover` may hold the clients: it freezes them only"
+        " once the last pass would fit into half of it, and ends by itself after twice of it.",
+    ),
     REALTIME_KEY := optional(
         "scheduling.realtime", FLAG, "true", "Ask for SCHED_RR, so that a busy host delays nothing."
     ),

@@ -167,6 +167,13 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """How the service is moved on an operator's word."""
+
+    max_stall_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduling:
     """How the daemon asks the kernel to be run."""
 
@@ -209,6 +216,7 @@ class Settings:
     sync: Sync
     hooks: Hooks
     takeover: Takeover
+    handover: Handover
     scheduling: Scheduling
     log: Log
     paths: Paths

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nfsha.core import duties, effects, guards, invariants, model
+from nfsha.core import duties, effects, guards, handover, invariants, model
 from nfsha.core.facts import absorb
 from nfsha.core.model import (
     Command,
@@ -204,8 +204,8 @@ def _detail(state: State, now_ms: int) -> str:
         parts.append(state.fitness_reason)
     if state.handover is not None:
         parts.append(f"handover to epoch {state.handover}")
-    if state.handover_off:
-        parts.append(state.handover_off)
+        off = handover.why_off(state, now_ms)
+        parts += [off] if off else []
     parts += [words for words in (state.mount_trouble, state.unmount_trouble) if words]
     if state.repair:
         parts.append(f"taken away: {state.repair}")

@@ -197,6 +197,11 @@ def _presync_off(state: State, now_ms: int) -> str:
     return f"the giver does not serve any more: it is {report.phase}"
 
 
+def why_off(state: State, now_ms: int) -> str:
+    """Why the handover that this node works on ends; "" while it goes on."""
+    return freeze_off(state, now_ms) if state.serving else receiving_off(state, now_ms)
+
+
 def giver_prepared(state: State) -> bool:
     """Does the giver durably say that it gave its authority away to this node's handover?"""
     report = state.report

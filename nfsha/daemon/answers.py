@@ -17,6 +17,7 @@ from nfsha.core.describe import situation
 from nfsha.core.model import CommandKind, Role
 from nfsha.daemon import copy_answers
 from nfsha.daemon.copy_answers import CopyAnswers
+from nfsha.daemon.handover_answers import HandoverAnswers
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError, ControlServer, Credentials
 from nfsha.host.scheduling import Scheduling
@@ -42,6 +43,7 @@ class Answers:
             shell.world.replication.replicator,
             (sync.quarantine_max_age_ms, sync.quarantine_max_bytes),
         )
+        self._handover = HandoverAnswers(shell)
         self._started_ms = shell.world.clock_ms()
         self._server = ControlServer(
             settings.paths.runtime / SOCKET_NAME,
@@ -64,6 +66,8 @@ class Answers:
         match command:
             case "status":
                 return {"status": self._status()}
+            case "clients":
+                return {"clients": await self._shell.world.clients.facts()}
             case "events":
                 return {"events": self._events(args)}
             case "activate":
@@ -72,16 +76,26 @@ class Answers:
                 on = _flag(args, "on")
                 kind = CommandKind.MAINTENANCE_ON if on else CommandKind.MAINTENANCE_OFF
                 return await self._obey(who, kind)
-            case "confirm-peer-down":
-                return await self._obey(who, CommandKind.CONFIRM_PEER_DOWN)
-            case "resolve":
-                return await self._obey(who, CommandKind.RESOLVE, keep=_role(args))
+            case "confirm-peer-down" | "resolve":
+                keep = _role(args, "keep") if command == "resolve" else None
+                return await self._obey(who, CommandKind(command), keep=keep)
+            case "handover-plan" | "handover" | "abort":
+                return await self._move(command, args, who)
             case _ if command in copy_answers.COMMANDS:
                 if command != "volumes":
                     log.info("%s asks for %s %s", who, command, args)
                 return await self._copies.answer(command, args)
             case _:
                 raise CommandError(f"the daemon knows no command {command[:40]!r}")
+
+    async def _move(self, command: str, args: Facts, who: Credentials) -> Facts:
+        if command == "abort":
+            return await self._obey(who, CommandKind.ABORT)
+        to = _role(args, "to")
+        if command == "handover-plan":
+            return self._handover.plan(to)
+        self._handover.refuse(to)
+        return await self._obey(who, CommandKind.HANDOVER, to=to)
 
     async def _obey(self, who: Credentials, kind: CommandKind, **options: object) -> Facts:
         if self._shell.engine is None:
@@ -169,8 +183,8 @@ def _flag(args: Facts, key: str) -> bool:
     return value
 
 
-def _role(args: Facts) -> Role:
-    value = args.get("keep")
+def _role(args: Facts, key: str) -> Role:
+    value = args.get(key)
     if value not in set(Role):
-        raise CommandError(f"keep is {value!r}: primary or standby is expected")
+        raise CommandError(f"{key} is {value!r}: primary or standby is expected")
     return Role(str(value))

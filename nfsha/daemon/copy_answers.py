@@ -139,20 +139,39 @@ class CopyAnswers:
         Each answer has the volumes of which there is news, as many as it carries; the last ones
         have all of them once more, and then one says that it is `done`.
         """
-        there = self._there()
         try:
             chosen, passes = await self._begin(args, wait=True)
         except ReplicaError as error:
             raise CommandError(str(error), {"refused": True}) from error
         told: dict[str, Facts] = {}
-        pending = set(passes)
-        while pending:
-            _, pending = await asyncio.wait(pending, timeout=SHOW_EVERY_S)
-            for part in _parts(self._news(chosen, told if pending else {})):
-                yield {"volumes": part}
-        bad = [one for one in there.results(chosen) if one["state"] != "idle"]
+        ends = [
+            asyncio.ensure_future(self._end_of(uuid, one))
+            for uuid, one in zip(chosen, passes, strict=True)
+        ]
+        try:
+            pending = set(ends)
+            while pending:
+                _, pending = await asyncio.wait(pending, timeout=SHOW_EVERY_S)
+                for part in _parts(self._news(chosen, told if pending else {})):
+                    yield {"volumes": part}
+        finally:
+            for end in ends:
+                end.cancel()
+        bad = [one for end in ends for one in end.result() if one["state"] != "idle"]
         refused = bool(bad) and all(one["state"] in ("refused", "held") for one in bad)
         yield {"done": True, "ok": not bad, "refused": refused, "why": _some(bad)}
+
+    async def _end_of(self, uuid: str, one_pass: asyncio.Task[bool]) -> list[Facts]:
+        """How the copy stands after this pass: by the time that the others end, more may run.
+
+        If the next one has begun at once, its end tells.
+        """
+        await asyncio.wait([one_pass])
+        while True:
+            found = self._there().results([uuid])
+            if all(one["state"] != "running" for one in found):
+                return found
+            await asyncio.sleep(SHOW_EVERY_S)
 
     def _news(self, chosen: list[str], told: dict[str, Facts]) -> list[Facts]:
         """The volumes with which something else happens than was told."""

@@ -34,6 +34,16 @@ LockAction = (
     | model.ExtendLeases
 )
 
+OwnAction = (
+    model.Persist
+    | model.Survey
+    | model.StopReceivers
+    | model.Freeze
+    | model.Thaw
+    | model.MountVolumes
+    | model.UnmountVolumes
+)
+
 MAX_LOCK_QUEUE = 64
 
 
@@ -47,6 +57,7 @@ class Executors:
         self._locks: deque[tuple[int, LockAction]] = deque(maxlen=MAX_LOCK_QUEUE)
         self._locks_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._freezing: asyncio.Future[str] | None = None
         self._log = LimitedLog(log, world.clock_ms)
 
     def perform(self, numbered: Numbered) -> None:
@@ -56,16 +67,13 @@ class Executors:
             case model.SendHeartbeat():
                 self._world.links.send(action.datagram)
                 self._world.replication.tick()
+                self._world.clients.tick()
             case model.AskWitness():
                 self._world.ask_witness()
             case model.Announce():
                 self._world.announcer.announce()
             case model.Exit():
                 self._after_locks(action.reason)
-            case model.Persist():
-                self._start(numbered, self._persist(action))
-            case model.Survey():
-                self._start(numbered, self._survey())
             case (
                 model.AddAddress()
                 | model.RenewAddress()
@@ -76,12 +84,16 @@ class Executors:
                 | model.ExtendLeases()
             ):
                 self._lock(numbered.number, action)
-            case model.StopReceivers():
-                self._start(numbered, self._stop_receivers())
-            case model.MountVolumes():
-                self._start(numbered, self._world.volumes.mount(action.epoch))
-            case model.UnmountVolumes():
-                self._start(numbered, self._world.volumes.unmount(action.epoch))
+            case (
+                model.Persist()
+                | model.Survey()
+                | model.StopReceivers()
+                | model.Freeze()
+                | model.Thaw()
+                | model.MountVolumes()
+                | model.UnmountVolumes()
+            ):
+                self._start(numbered, self._alone(action))
             case model.TakeToken() | model.DropToken() | model.PublishRecord() | model.Fence():
                 raise AssertionError(f"{type(action).__name__} without a token or fence agent")
 
@@ -93,7 +105,24 @@ class Executors:
                 pending.append(self._locks_task)
             await asyncio.wait(pending)
 
-    # ------------------------------------------------------------- one by one
+    # ------------------------------------------------------------- each on its own
+
+    def _alone(self, action: OwnAction) -> Awaitable[Result]:
+        match action:
+            case model.Persist():
+                return self._persist(action)
+            case model.Survey():
+                return self._survey()
+            case model.StopReceivers():
+                return self._stop_receivers()
+            case model.Freeze():
+                return self._freeze()
+            case model.Thaw():
+                return self._thaw()
+            case model.MountVolumes():
+                return self._world.volumes.mount(action.epoch)
+            case model.UnmountVolumes():
+                return self._world.volumes.unmount(action.epoch)
 
     def _start(self, numbered: Numbered, work: Awaitable[Result | None]) -> None:
         self._keep(asyncio.ensure_future(self._report(numbered, work)))
@@ -127,6 +156,23 @@ class Executors:
         trouble = await self._world.replication.stop_receivers()
         return model.ReceiversStopped(ok=not trouble, detail=trouble)
 
+    async def _freeze(self) -> Result:
+        # After the call that closes the service: what is written later would escape the freeze.
+        while self._locks_task is not None:
+            await asyncio.wait([self._locks_task])
+        self._freezing = asyncio.ensure_future(self._world.replication.come_to_rest())
+        await asyncio.wait([self._freezing])
+        if self._freezing.cancelled():
+            return model.Frozen(ok=False, detail="the freeze was ended")
+        trouble = self._freezing.result()
+        return model.Frozen(ok=not trouble, detail=trouble)
+
+    async def _thaw(self) -> Result:
+        """The volumes stay writable in a freeze; so it ends with the waiting for its rest."""
+        if self._freezing is not None:
+            self._freezing.cancel()
+        return model.Thawed(ok=True)
+
     # ------------------------------------------------------------- the two locks, in order
 
     def _lock(self, number: int, action: LockAction) -> None:
@@ -157,6 +203,7 @@ class Executors:
                     return await self._on_service(action)
                 case model.CloseService():
                     self._world.announcer.silence()
+                    self._world.clients.closed()
                     await self._world.lease.close()
                 case model.ExtendLeases():
                     await self._extend(action.deadline_ms)
@@ -175,6 +222,7 @@ class Executors:
         match action:
             case model.RemoveAddress():
                 await address.remove()
+                await self._world.clients.end_own()
                 return model.AddressChanged(held=False)
             case model.AddAddress():
                 return _lease("address", await address.add(action.deadline_ms))
@@ -184,7 +232,10 @@ class Executors:
     async def _on_service(self, action: model.OpenService | model.RenewService) -> Result:
         lease = self._world.lease
         if isinstance(action, model.OpenService):
-            return _lease("service", await lease.open(action.deadline_ms))
+            outcome = await lease.open(action.deadline_ms)
+            if outcome.held:
+                self._world.clients.opened()
+            return _lease("service", outcome)
         return _lease("service", await lease.renew(action.deadline_ms))
 
     async def _extend(self, deadline_ms: int) -> None:

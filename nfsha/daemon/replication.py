@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nfsha.config import RSYNC, Settings
-from nfsha.core.model import Phase, ReplicaChanged
+from nfsha.core.model import FinalChanged, Phase, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import flow
 from nfsha.core.state import State
 from nfsha.daemon.inbox import Inbox
@@ -41,6 +41,7 @@ class Replication:
         self._inbox = inbox
         self._sessions = (0, 0)
         self._phase = Phase.STARTING
+        self._takes_a_copy = False
         self._packing: asyncio.Task[None] | None = None
         self._next_facts: dict[str, Any] | None = None
         self.replicator: Replicator | None = None
@@ -79,7 +80,9 @@ class Replication:
         self._sessions = (state.session, state.peer_session)
         self.replicator.follow(flow(state, now_ms), state.durable.epoch)
         if state.phase is not self._phase:
-            if self._phase is Phase.TAKEOVER and state.phase is Phase.ACTIVE:
+            if state.phase is Phase.TAKEOVER:
+                self._takes_a_copy = not state.is_authority
+            if state.phase is Phase.ACTIVE and self._phase is Phase.TAKEOVER and self._takes_a_copy:
                 for window in self.replicator.takeover_windows():
                     log.warning("takeover: %s", window)
             self._phase = state.phase
@@ -93,9 +96,13 @@ class Replication:
         """Ends all that receives; returns what is stuck, or ""."""
         return await self.replicator.stop_receivers() if self.replicator is not None else ""
 
+    async def come_to_rest(self) -> str:
+        """Waits until nothing writes any more, all on the disk; returns why not, or ""."""
+        return await self.replicator.come_to_rest() if self.replicator is not None else ""
+
     # ------------------------------------------------------------- facts, both ways
 
-    def _report(self, changed: ReplicaChanged) -> None:
+    def _report(self, changed: ReplicaChanged | PresyncChanged | FinalChanged) -> None:
         self._inbox.put(changed)
 
     def _tell(self, facts: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ class Shell:
             self._executors.perform(numbered)
         self._tell(decision, now_ms)
         self.world.replication.follow(decision.state, now_ms)
+        self.world.clients.follow(decision.state)
         self.systemd.watchdog(now_ms)
 
     def _may_serve(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nfsha.config import RSYNC, IPAddress, Link, Settings
 from nfsha.core import model
 from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
+from nfsha.daemon.clients import Clients
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.replication import Replication
 from nfsha.daemon.volumes import HookedVolumes
@@ -100,6 +101,7 @@ class World:
             neighbour_window_ms=settings.timing.hold_ms // 3,
         )
         self.replication = Replication(settings, ring, wire, self.links, inbox, self.clock_ms)
+        self.clients = Clients(settings, wire, self.links, inbox, self.clock_ms, self._may_announce)
         self.health = _service_health(settings, self._wants_mounts)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
@@ -124,6 +126,7 @@ class World:
             service_lease=self.settings.firewall.service_lease,
             replication=self.settings.replication == RSYNC,
             start_alone_after_ms=self.settings.takeover.start_alone_after_ms,
+            final_limit_ms=2 * self.settings.handover.max_stall_ms,
             hook_timeout_ms=self.settings.hooks.timeout_ms if self.settings.hooks.given else None,
         )
 
@@ -158,6 +161,7 @@ class World:
         adopted = (await self.address.adopt()).held
         self._inbox.put(model.CarrierChanged(self.address.link_ready))
         await self.announcer.start()
+        await self.clients.start(adopted=adopted)
         await self.witness.start()
         await self.links.start()
         await self.replication.start()
@@ -191,6 +195,7 @@ class World:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._unwatch_firewall()
+        await self.clients.close()
         await self.replication.close()
         await self.volumes.close()
         self.links.close()

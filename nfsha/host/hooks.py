@@ -11,11 +11,17 @@ filesystem, a service of the init system) lives on: that is what a hook is for.
 
 The session is found again by a mark in the environment, after this process too was killed: see
 `end_leftovers`.
+
+A daemon that systemd runs is fenced in: its mounts are its own, few powers, few system calls. So
+there the hook is not its child, but a transient unit (systemd-run(1)), in which it is what any
+program of the host is. Systemd ends it with all of its control group, and runs one of that name
+only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -31,6 +37,10 @@ from typing import Final
 MARK: Final = "NFSHA_HOOK_SESSION"
 """The variable that bears the session's id in the environment of a hook and all that it starts."""
 
+STARTER: Final = "NFSHA_HOOK_STARTER"
+"""The variable that names who started it: PID namespace, pid, start time. Another daemon that lives
+runs its own hooks (in a namespace, say); they are left alone."""
+
 GRACE_S: Final = 2.0
 """Time between SIGTERM and SIGKILL."""
 
@@ -41,6 +51,10 @@ TAIL_LINES: Final = 5
 MAX_LINE: Final = 200
 """So much of what a hook prints last goes to the log and the events."""
 
+UNIT: Final = "nfsha-hook.service"
+"""The transient unit in which a hook runs under systemd."""
+
+_STOP_UNIT_S: Final = GRACE_S + GONE_WITHIN_S
 _TAIL_BYTES: Final = 4096
 _POLL_S: Final = 0.02
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -85,6 +99,11 @@ def fault(path: Path) -> str:
     if folder.st_mode & _OTHERS_WRITE:
         return f"{path} may be replaced by others: chmod go-w {path.parent}"
     return ""
+
+
+def under_systemd() -> bool:
+    """Is this process part of a unit of systemd (systemd.exec(5), INVOCATION_ID)?"""
+    return "INVOCATION_ID" in os.environ and Path("/run/systemd/system").is_dir()
 
 
 def require(*paths: Path) -> None:
@@ -139,8 +158,13 @@ class _Run:
 
     def __init__(self, path: Path, environment: Mapping[str, str], timeout_s: float) -> None:
         self._path = path
-        self._environment = {"PATH": _PATH, "LC_ALL": "C", **environment}
         self._timeout_s = timeout_s
+        self._argv = [*_START, str(path)]
+        self._environment = {"PATH": _PATH, "LC_ALL": "C", STARTER: _name_of(os.getpid())}
+        if under_systemd():
+            self._argv = _transient_unit(path, environment, timeout_s)
+        else:
+            self._environment |= environment
         self._stop, self._stopper = os.pipe()
 
     def cut_short(self) -> None:
@@ -158,7 +182,7 @@ class _Run:
         try:
             # The pipe is read to the program's end, not to its own: what stays behind may hold it.
             process = subprocess.Popen(  # noqa: S603 - the operator's own program
-                [*_START, str(self._path)],
+                self._argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -180,7 +204,7 @@ class _Run:
             if status == 0:
                 return HookEnd(True, "")
             return HookEnd(False, f"{self._path}: {_status_words(status)}{tail.words()}")
-        stuck = _end_session(process.pid, reap=process.poll)
+        stuck = _end_unit() or _end_session(process.pid, reap=process.poll)
         tail.read()
         if stuck:
             return HookEnd(False, f"{self._path}: killed, but not gone: {stuck}")
@@ -244,46 +268,117 @@ def _status_words(status: int) -> str:
     return f"exit status {status}"
 
 
+# --------------------------------------------------------------------------- a unit of systemd
+
+
+def _transient_unit(path: Path, environment: Mapping[str, str], timeout_s: float) -> list[str]:
+    """The command that runs a hook as a unit, waits for it, and passes on its output and status."""
+    properties = [
+        # Else none could be started while the machine shuts down, and the volumes be given up.
+        "DefaultDependencies=no",
+        # Its last end, should this daemon die.
+        f"RuntimeMaxSec={timeout_s + GRACE_S:g}",
+        f"TimeoutStopSec={GRACE_S:g}",
+    ]
+    return [
+        "systemd-run",
+        *("--quiet", "--wait", "--pipe", "--collect", "--no-ask-password"),
+        *("--service-type=exec", f"--unit={UNIT}", "--description=a hook of nfsha"),
+        *(f"--property={one}" for one in properties),
+        *(f"--setenv={name}={value}" for name, value in environment.items()),
+        "--",
+        str(path),
+    ]
+
+
+def _end_unit() -> str:
+    """Ends the unit with all of its control group; returns what is stuck, or "". Blocks."""
+    if not under_systemd():
+        return ""
+    try:
+        subprocess.run(  # noqa: S603 - constant words
+            ["systemctl", "stop", UNIT],  # noqa: S607 - found by the PATH of the unit
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_STOP_UNIT_S,
+            check=False,  # there is none, mostly
+        )
+    except subprocess.TimeoutExpired:
+        return f"{UNIT} (`systemctl status {UNIT}`)"
+    except OSError as error:
+        return f"{UNIT}: systemctl: {error.strerror}"
+    return ""
+
+
 # --------------------------------------------------------------------------- sessions
 
 
 def end_leftovers() -> str:
     """Ends what hooks of a former daemon still run; returns what is stuck, or "". Blocks."""
-    stuck = [_end_session(session) for session in sorted(_sessions())]
+    stuck = [_end_unit(), *(_end_session(session) for session in sorted(_sessions()))]
     words = "; ".join(filter(None, stuck))
     return f"an older hook was killed, but is not gone: {words}" if words else ""
 
 
 def _sessions() -> set[int]:
-    """Sessions in which a hook runs: a process of it bears the session's own id as its mark."""
-    return {
-        session
-        for pid, session in _processes()
-        if _environment(pid).get(MARK.encode()) == str(session).encode()
-    }
+    """Sessions in which hooks run that this process, or one that is dead, has started.
+
+    A process of a hook bears its own session's id as its mark; one that left for another does not.
+    """
+    found = set()
+    for pid, session in _processes():
+        environment = _environment(pid)
+        if environment.get(MARK.encode()) != str(session).encode():
+            continue
+        if _is_ours_or_nobodys(environment.get(STARTER.encode(), b"").decode(errors="replace")):
+            found.add(session)
+    return found
+
+
+def _is_ours_or_nobodys(starter: str) -> bool:
+    own = _name_of(os.getpid())
+    namespace, _, rest = starter.partition(" ")
+    pid = rest.partition(" ")[0]
+    if namespace != own.partition(" ")[0] or not pid.isdigit():
+        return False
+    return starter == own or starter != _name_of(int(pid))
+
+
+def _name_of(pid: int) -> str:
+    """PID namespace, pid and start time of a process; only the first two when it is dead."""
+    namespace = Path("/proc/self/ns/pid").readlink().name
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return f"{namespace} {pid}"
+    return f"{namespace} {pid} {fields[19].decode()}"
 
 
 def _end_session(session: int, *, reap: Callable[[], object] = lambda: None) -> str:
     """Ends all processes of a session; returns those that are not gone in time, in words."""
-    pids: list[int] = []
-    for number, within_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GONE_WITHIN_S)):
-        deadline_s = time.monotonic() + within_s
-        while time.monotonic() < deadline_s:
-            reap()
-            pids = [pid for pid, its in _processes() if its == session]
-            if not pids:
-                return ""
-            for pid in pids:
-                _signal(pid, number)
-            time.sleep(_POLL_S)
-    return ", ".join(f"process {pid} ({_command(pid)})" for pid in pids)
+    began_s = time.monotonic()
+    pids = _of_session(session)
+    _signal(pids, signal.SIGTERM)  # once: a program that cleans up is left to it
+    while pids:
+        past_s = time.monotonic() - began_s
+        if past_s > GRACE_S + GONE_WITHIN_S:
+            return ", ".join(f"process {pid} ({_command(pid)})" for pid in pids)
+        if past_s > GRACE_S:
+            _signal(pids, signal.SIGKILL)
+        time.sleep(_POLL_S)
+        reap()
+        pids = _of_session(session)
+    return ""
 
 
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _of_session(session: int) -> list[int]:
+    return [pid for pid, its in _processes() if its == session]
+
+
+def _signal(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _processes() -> list[tuple[int, int]]:

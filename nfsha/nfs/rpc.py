@@ -1,7 +1,7 @@
-"""ONC RPC over TCP, just enough to ask whether a server is there: the NULL procedure (RFC 5531).
+"""ONC RPC, just enough to ask a server what it is and has: over TCP, and NULL over UDP (RFC 5531).
 
-It sends no other procedure and no credentials. Every failure that a network or a server can cause
-is a value, not an exception.
+It sends no credentials and knows no procedure but NULL: what arguments and results mean, others
+say. Every failure that a network or a server can cause is a value, not an exception.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ _DENY_WORDS = {0: "RPC version mismatch", 1: "authentication error"}
 _MAX_VERIFIER = 400  # section 8.2
 _LAST_FRAGMENT = 1 << 31  # section 11
 
+_NULL = 0
 _MAX_RECORD = 4096  # a NULL reply has 24 to 432 bytes
 _MAX_FRAGMENTS = 64
+_RESEND_MS = 300  # a datagram may be lost
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The program runs in this version."""
+    """The program runs in this version; `results` are the procedure's (NULL has none)."""
+
+    results: bytes = b""
 
     def __str__(self) -> str:
         return "answered"
@@ -125,6 +129,20 @@ RpcResult = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One procedure of a program, which must do no harm when it is called twice.
+
+    A reply of more than `max_bytes` is garbage.
+    """
+
+    program: int
+    version: int
+    procedure: int = _NULL
+    arguments: bytes = b""
+    max_bytes: int = _MAX_RECORD
+
+
 class RpcConnection:
     """Asks one TCP port, over one connection that is kept and made again when it is lost.
 
@@ -138,13 +156,17 @@ class RpcConnection:
         self._xids = itertools.count(secrets.randbits(32))
 
     async def null_call(self, program: int, version: int, *, timeout_ms: int) -> RpcResult:
-        """Calls procedure 0 of a program and version; returns within `timeout_ms` in any case.
+        """Calls procedure 0 of a program and version, as `call` does."""
+        return await self.call(Call(program, version), timeout_ms=timeout_ms)
+
+    async def call(self, call: Call, *, timeout_ms: int) -> RpcResult:
+        """Calls a procedure; returns within `timeout_ms` in any case.
 
         A kept connection that turns out to be lost is made again once, within the same limit.
         """
         try:
             async with asyncio.timeout(timeout_ms / 1000):
-                return await self._call(program, version)
+                return await self._call(call)
         except TimeoutError:
             connected = self._streams is not None
             self.close()  # a late answer must not be taken for the next one
@@ -156,10 +178,10 @@ class RpcConnection:
             self._streams[1].transport.abort()
         self._streams = None
 
-    async def _call(self, program: int, version: int) -> RpcResult:
+    async def _call(self, call: Call) -> RpcResult:
         result: RpcResult = Closed()
         if self._streams is not None:
-            result = await self._exchange(*self._streams, program, version)
+            result = await self._exchange(*self._streams, call)
         if isinstance(result, Closed):
             try:
                 self._streams = await asyncio.open_connection(
@@ -169,21 +191,20 @@ class RpcConnection:
                 return Refused()
             except OSError as error:
                 return Unreachable(error.strerror or str(error))
-            result = await self._exchange(*self._streams, program, version)
+            result = await self._exchange(*self._streams, call)
         return result
 
     async def _exchange(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        program: int,
-        version: int,
+        call: Call,
     ) -> RpcResult:
         """Sends one call on the open connection and reads its reply; closes it when that fails."""
         xid = next(self._xids) & 0xFFFFFFFF
         try:
-            writer.write(encode_null_call(xid, program, version))
-            result = decode_reply(await _read_record(reader), xid)
+            writer.write(encode_record(encode_call(xid, call)))
+            result = decode_reply(await _read_record(reader, call.max_bytes), xid)
         except (asyncio.IncompleteReadError, OSError):
             result = Closed()
         except ValueError as error:
@@ -193,10 +214,62 @@ class RpcConnection:
         return result
 
 
-def encode_null_call(xid: int, program: int, version: int) -> bytes:
-    """Returns the record of a call of procedure 0 with AUTH_NONE (RFC 5531, sections 9 and 11)."""
-    body = struct.pack(">10I", xid, _CALL, _RPC_VERSION, program, version, 0, 0, 0, 0, 0)
-    return struct.pack(">I", _LAST_FRAGMENT | len(body)) + body
+async def null_call_by_udp(
+    host: str, port: int, program: int, version: int, *, timeout_ms: int
+) -> RpcResult:
+    """Calls procedure 0 by datagrams, again and again until one is answered; see `null_call`.
+
+    Refused: the host said that nobody listens. Silence may be that, too, or a lost datagram.
+    """
+    xid = secrets.randbits(32)
+    call = encode_call(xid, Call(program, version))
+    try:
+        transport, replies = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: _Replies(xid), remote_addr=(host, port)
+        )
+    except OSError as error:
+        return Unreachable(error.strerror or str(error))
+    try:
+        async with asyncio.timeout(timeout_ms / 1000):
+            while not replies.result.done():
+                transport.sendto(call)
+                await asyncio.wait([replies.result], timeout=_RESEND_MS / 1000)
+        return replies.result.result()
+    except TimeoutError:
+        return TimedOut(connected=True)  # nothing was taken, but that is how datagrams are
+    finally:
+        transport.abort()
+
+
+class _Replies(asyncio.DatagramProtocol):
+    """Waits for the reply to one call; what answers another one (a late answer) is passed over."""
+
+    def __init__(self, xid: int) -> None:
+        self._xid = xid
+        self.result: asyncio.Future[RpcResult] = asyncio.get_running_loop().create_future()
+
+    def datagram_received(self, data: bytes, addr: object) -> None:  # noqa: ARG002
+        if data[:4] == struct.pack(">I", self._xid):
+            self._end(decode_reply(data, self._xid))
+
+    def error_received(self, exc: Exception) -> None:
+        refused = isinstance(exc, ConnectionRefusedError)
+        self._end(Refused() if refused else Unreachable(str(exc)))
+
+    def _end(self, result: RpcResult) -> None:
+        if not self.result.done():
+            self.result.set_result(result)
+
+
+def encode_call(xid: int, call: Call) -> bytes:
+    """Returns the message of a call with AUTH_NONE (RFC 5531, section 9)."""
+    header = (xid, _CALL, _RPC_VERSION, call.program, call.version, call.procedure, 0, 0, 0, 0)
+    return struct.pack(">10I", *header) + call.arguments
+
+
+def encode_record(message: bytes) -> bytes:
+    """Returns the message as TCP carries it: one record of one fragment (RFC 5531, section 11)."""
+    return struct.pack(">I", _LAST_FRAGMENT | len(message)) + message
 
 
 def decode_reply(record: bytes, xid: int) -> RpcResult:
@@ -227,7 +300,7 @@ def _decode_reply(record: bytes, xid: int) -> RpcResult:
 def _decode_accepted(record: bytes, offset: int) -> RpcResult:
     (status,) = struct.unpack_from(">I", record, offset)
     if status == _SUCCESS:
-        return Answered()
+        return Answered(record[offset + 4 :])
     if status == _PROG_UNAVAIL:
         return ProgramUnavailable()
     if status == _PROG_MISMATCH:
@@ -235,14 +308,14 @@ def _decode_accepted(record: bytes, offset: int) -> RpcResult:
     return Denied(_ACCEPT_WORDS.get(status, f"accept status {status}"))
 
 
-async def _read_record(reader: asyncio.StreamReader) -> bytes:
+async def _read_record(reader: asyncio.StreamReader, max_bytes: int) -> bytes:
     """Joins the fragments of one record (RFC 5531, section 11). ValueError: it is too large."""
     record = b""
     for _ in range(_MAX_FRAGMENTS):
         (mark,) = struct.unpack(">I", await reader.readexactly(4))
         length = mark & (_LAST_FRAGMENT - 1)
-        if len(record) + length > _MAX_RECORD:
-            raise ValueError(f"a record of more than {_MAX_RECORD} bytes")
+        if len(record) + length > max_bytes:
+            raise ValueError(f"a record of more than {max_bytes} bytes")
         record += await reader.readexactly(length)
         if mark & _LAST_FRAGMENT:
             return record

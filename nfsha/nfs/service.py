@@ -27,11 +27,11 @@ from nfsha.nfs.rpc import (
     MOUNT_PROGRAM,
     NFS_PROGRAM,
     Answered,
-    ProgramMismatch,
     RpcConnection,
     RpcResult,
     TimedOut,
 )
+from nfsha.nfs.v3_fence import Version4, version4
 
 HURRY_MS = 250
 SIGNS_NEEDED = 2
@@ -250,11 +250,7 @@ class ServiceHealth:
         if version3.outcome is not Outcome.GOOD:
             return [version3]  # one trouble is one sign: version 4 would only say it again
         result = await self._nfs.null_call(NFS_PROGRAM, 4, timeout_ms=self._timeout_ms)
-        if isinstance(result, Answered):
-            words = f"version4-on: the NFS server at {_where(self._nfs)} speaks v4, switch it off"
-            return [version3, Finding("version4", Outcome.BAD, words)]
-        what = f"the proof that NFS v4 is off at {_where(self._nfs)}"
-        return [version3, _finding("version4", what, result, ProgramMismatch)]
+        return [version3, _version4_finding(_where(self._nfs), result)]
 
     async def _ask_mountd(self) -> list[Finding]:
         if self._mountd is None:
@@ -267,6 +263,19 @@ class ServiceHealth:
         if not missing or not self._wants_mounts():
             return [Finding("mounts", Outcome.GOOD, "mounted")]
         return [Finding("mounts", Outcome.BAD, f"nothing is mounted at {path}") for path in missing]
+
+
+def _version4_finding(where: str, result: RpcResult) -> Finding:
+    match version4(result):
+        case Version4.REFUSED:
+            return Finding("version4", Outcome.GOOD, f"NFS v4 at {where}: refused")
+        case Version4.SPOKEN:
+            words = f"version4-on: the NFS server at {where} speaks v4, switch it off"
+            return Finding("version4", Outcome.BAD, words)
+        case Version4.UNPROVED:
+            outcome = Outcome.SLOW if isinstance(result, TimedOut) else Outcome.BAD
+            words = f"the proof that NFS v4 is off at {where}: {result}"
+            return Finding("version4", outcome, words)
 
 
 def _finding(kind: str, what: str, result: RpcResult, wanted: type[RpcResult]) -> Finding:

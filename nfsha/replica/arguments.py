@@ -65,10 +65,16 @@ _SAME: Final = (
     "--filter=-x trusted.SGI_ACL_*",
     "--filter=-x system.*",
     *(f"--exclude=/{name.decode()}" for name in OWN_ROOT_NAMES),
-    f"--partial-dir={PARTIAL_NAME.decode()}",
     "--no-motd",
     "--no-human-readable",
 )
+
+# What was received of a large file is kept by a run that is cut; the next one goes on with it.
+_PARTS: Final = (f"--partial-dir={PARTIAL_NAME.decode()}",)
+# In its own place where no client can see it yet: a folder for each file's parts is looked for when
+# the file comes and when it has come, a seventh of all system calls. (Above, the exclusion is
+# implied.)
+_PARTS_IN_PLACE: Final = ("--partial", f"--exclude={PARTIAL_NAME.decode()}/")
 
 # A partial file whose original is gone would stay for ever, for rsync protects its folder. In these
 # runs it is hidden there and may be deleted here, after the run that could have used it.
@@ -100,18 +106,21 @@ class Course:
 
         Except with `make_way` above 0: then folders may be emptied, of so many things at most,
         where the source has something else than a folder now. With `aside` files are received in
-        the folder `INCOMING_NAME`, else beside their places under rsync's own temporary names
-        (which is a sixth faster with small files).
+        the folder `INCOMING_NAME`, and how far it is is told; else they are received beside their
+        places under rsync's own temporary names (a sixth faster with small files), and nothing is
+        told (a line for each file: as much as this process, at its priority, can read).
 
         No --fsync: it syncs files one by one (30,000 small ones took 66 s instead of 5), but
         neither folders nor renames, so that the pass ends with syncfs(2) all the same.
         """
         way = ("--force", f"--max-delete={make_way}") if make_way else ()
         limit = () if bandwidth_kib_s is None else (f"--bwlimit={bandwidth_kib_s}",)
-        incoming = (f"--temp-dir={INCOMING_NAME.decode()}",) if aside else ()
-        says = (*way, *limit, *self._kept(), *incoming, "--info=progress2,stats2")
+        says = (*way, *limit, *self._kept(), *self._reads())
         scope = self._scope(self.list_path, at_once=not aside)
-        return self._line(*says, *self._reads(), *scope)
+        if not aside:
+            return self._line(*says, "--info=stats2", *scope, parts=_PARTS_IN_PLACE)
+        incoming = f"--temp-dir={INCOMING_NAME.decode()}"
+        return self._line(*says, incoming, "--info=progress2,stats2", *scope)
 
     def settle(self, list_path: str | None, *, deletions: int | None) -> list[str]:
         """Deletes, at most so many, and sets folders' attributes right; sends no file's content.
@@ -146,10 +155,10 @@ class Course:
         listed = f"--files-from={list_path}"
         return ("-d", "--from0", listed, "--trust-sender", "--ignore-missing-args")
 
-    def _line(self, *options: str) -> list[str]:
+    def _line(self, *options: str, parts: Sequence[str] = _PARTS) -> list[str]:
         session = _session(self.source, self.timeout_s, self.connect_timeout_s)
         url = self.source.url(self.module)
-        return ["rsync", *_SAME, *session, *options, url, self.target]
+        return ["rsync", *_SAME, *parts, *session, *options, url, self.target]
 
 
 def _session(source: From, timeout_s: int, connect_timeout_s: int) -> tuple[str, ...]:

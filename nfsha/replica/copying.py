@@ -43,6 +43,8 @@ class Copy:
     """What the log said last of its troubles."""
     accepted: str | None = None
     """The hash of the plan of deletions that the operator accepted for the next pass."""
+    folders: tuple[bytes, ...] | None = None
+    """What the last complete pass asked for; None: all of the volume."""
     full_walks: Counter[str] = field(default_factory=Counter)
     missed_by_journal: int = 0
     verified_ns: int | None = None

@@ -27,6 +27,8 @@ MAX_NAMES: Final = 50_000
 """So many names a plan keeps; its count and its hash are always of all."""
 MAX_ARRIVALS: Final = 200_000
 """Of so many new files the plan remembers what they look like; others are no moves for it."""
+MAX_WANTED: Final = 2_000
+"""Up to so many things to copy are asked for by name, not by a second look at all folders."""
 MAX_FOLDERS: Final = 20_000
 """With more folders than this to set right a whole walk is cheaper than a list."""
 OWN_ROOT_NAMES: Final = (
@@ -115,6 +117,10 @@ class PlanReader:
     def __init__(self) -> None:
         self.copies = 0
         """Entries that only a copying run can set right."""
+        self.wanted: set[bytes] = set()
+        """Their names, as long as they are few."""
+        self.wanted_files = 0
+        """How many of these are no folders."""
         self.touched: set[bytes] = set()
         """Existing folders whose own attributes differ."""
         self.parents: set[bytes] = set()
@@ -128,6 +134,7 @@ class PlanReader:
         self._names: list[bytes] = []
         self._digests = bytearray()
         self._too_many_folders = False
+        self._linked = False
 
     def take(self, line: bytes) -> None:
         """Takes one line, without its end."""
@@ -149,6 +156,8 @@ class PlanReader:
             name = decode_name(line[found.end() :])
             if line[2:11] == _NEW and found[2] != b"d" and len(self.arrivals) < MAX_ARRIVALS:
                 self.arrivals[_looks(name, size, time)] += 1
+            self._linked = self._linked or found[1] == b"h"
+            self._want(name.rstrip(b"/"), folder=found[2] == b"d")
             # A folder that was emptied to make way for this: it is no folder to look into.
             self.parents.discard(name)
 
@@ -174,6 +183,19 @@ class PlanReader:
     def too_many_folders(self) -> bool:
         """`touched` and `parents` are empty, because there were more than `MAX_FOLDERS`."""
         return self._too_many_folders
+
+    @property
+    def by_name(self) -> bool:
+        """Whether `wanted` is all that a copying run needs.
+
+        Not where something is to be a hard link: the other names must be in rsync's list too.
+        """
+        return not self._linked and not self._too_many_folders and len(self.wanted) <= MAX_WANTED
+
+    def _want(self, name: bytes, *, folder: bool) -> None:
+        if len(self.wanted) <= MAX_WANTED and name not in self.wanted:
+            self.wanted.add(name)
+            self.wanted_files += not folder
 
     def _touched(self, name: bytes) -> None:
         if not self._too_many_folders:

@@ -9,11 +9,10 @@ vouches, else of all. The mark, then the stamp, come last. Who may run at all is
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,13 +42,12 @@ from nfsha.replica.quarantine import Entry, Quarantine, QuarantineError
 from nfsha.replica.questions import Asking
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason, Schedule
 from nfsha.replica.serving import FACTS_NAME, changes_name
+from nfsha.replica.source_facts import SourceFacts, read_facts
 from nfsha.replica.suspects import SuspectAnswer, SuspectQuestion
 from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
 from nfsha.replica.volume_facts import (
     VolumeError,
     VolumeFacts,
-    epoch_from_json,
-    from_json,
     is_of_another_history,
 )
 
@@ -57,7 +55,6 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-MAX_FACTS_BYTES = 16 << 20
 MAX_ATTEMPTS_COUNTED = 10
 UNLIMITED = (1 << 31) - 1
 VERIFY_PAUSES_MS = 300_000
@@ -73,18 +70,15 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFacts:
-    """What the source published: its epoch, since when all is in, and its volumes."""
+class _Found:
+    """Both sides of one volume as a pass found them, with all guards passed."""
 
     epoch: Epoch
-    as_of_ns: int
-    volumes: tuple[VolumeFacts, ...]
-    stamped_ns: Mapping[str, int]
-    """The ctime of each volume's stamp, by identity."""
-
-    def of(self, uuid: str) -> VolumeFacts | None:
-        """The volume of this identity."""
-        return next((one for one in self.volumes if one.identity == uuid), None)
+    here: VolumeFacts
+    root_fd: int
+    facts: SourceFacts
+    changes: Published | None
+    scratch: Path
 
 
 class Fetching:
@@ -113,13 +107,16 @@ class Fetching:
         self.copies: dict[str, Copy] = {}
         self.epoch: Epoch | None = None
         self.may_start = False
+        self._late: dict[str, Reason] = {}
         self.bandwidth_kib_s: int | None = sync.bandwidth_kib_s
         self.bandwidth_set = False
         self._pulls: dict[str, Pull] = {}
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
-        self.schedule = Schedule(self._run, parallel=sync.parallel, watch=watch)
+        self.schedule = Schedule(
+            self._run, parallel=sync.parallel, watch=watch, since_ms=self._since_ms
+        )
 
     # ------------------------------------------------------------- who may run
 
@@ -132,10 +129,21 @@ class Fetching:
         self.epoch = epoch
         self.may_start = True
 
+    def let(self, *, start: bool) -> None:
+        """Whether passes may start: the source is there. When it comes back, the late ones do."""
+        self.may_start = start
+        if not start or self.epoch is None:
+            return
+        late, self._late = self._late, {}
+        for uuid, reason in late.items():
+            if uuid in self.copies:
+                self.schedule.trigger(uuid, reason)
+
     async def end(self) -> str:
         """Ends all passes; their processes are gone then. Returns what is stuck, or ""."""
         self.epoch = None
         self.may_start = False
+        self._late.clear()
         under_way: list[tuple[str, Pull | Verify]] = [
             *self._pulls.items(),
             *self._verifies.items(),
@@ -200,6 +208,9 @@ class Fetching:
         if new and self.may_start:
             self.schedule.trigger(uuid, Reason(Cause.START))
 
+    def _since_ms(self, uuid: str, kind: Kind) -> int | None:
+        return self._store.since_ms(uuid, str(kind), self._clocks.wall_ns())
+
     def start_all(self) -> None:
         """A pass of each volume now: the source has come."""
         for uuid in self.copies:
@@ -210,7 +221,11 @@ class Fetching:
     async def _run(self, uuid: str, reason: Reason) -> None:
         copy = self.copies.get(uuid)
         epoch = self.epoch
-        if copy is None or epoch is None or not self.may_start:
+        if copy is None or epoch is None:
+            return
+        if not self.may_start:
+            before = self._late.get(uuid)
+            self._late[uuid] = reason if before is None else before.with_(reason)
             return
         copy.state, copy.why = State.RUNNING, f"a pass by {reason.cause}"
         try:
@@ -256,7 +271,7 @@ class Fetching:
         scratch = self._scratch / copy.uuid
         await asyncio.to_thread(_fresh_folder, scratch)
         facts, changes = await self._published(copy.uuid, epoch, scratch)
-        await self._inventory.look()
+        await self._inventory.look_at(copy.uuid)
         here = self._guard(copy.uuid, epoch, facts)
         if here.stamp is not None and here.identity is not None:
             stamped_ns = await asyncio.to_thread(volumes.stamped_at_ns, here)
@@ -267,7 +282,8 @@ class Fetching:
                 )
         root_fd = await asyncio.to_thread(volumes.open_root, here)
         try:
-            await self._into(copy, epoch, reason, here, root_fd, facts, changes, scratch)
+            found = _Found(epoch, here, root_fd, facts, changes, scratch)
+            await self._into(copy, reason, found)
         finally:
             os.close(root_fd)
 
@@ -280,7 +296,7 @@ class Fetching:
             raise RefusedError(f"the source's facts cannot be had: {ending.reason}")
         if ending.verdict is not Verdict.COMPLETE:
             raise ChildError(f"the source's facts cannot be had: {ending.reason}")
-        facts = await asyncio.to_thread(_read_facts, scratch / FACTS_NAME)
+        facts = await asyncio.to_thread(read_facts, scratch / FACTS_NAME)
         path = scratch / changes_name(uuid)
         if not path.exists():
             return facts, None
@@ -319,32 +335,40 @@ class Fetching:
             )
         return here
 
-    async def _into(
-        self,
-        copy: Copy,
-        epoch: Epoch,
-        reason: Reason,
-        here: VolumeFacts,
-        root_fd: int,
-        facts: SourceFacts,
-        changes: Published | None,
-        scratch: Path,
-    ) -> None:
-        uuid = copy.uuid
-        mark = self._store.own.get(uuid)
-        resync = here.stamp != epoch or bool(self._store.taint_of(uuid))
-        folders, why_full = self._choose(copy, epoch, reason, changes, resync=resync)
+    async def _into(self, copy: Copy, reason: Reason, found: _Found) -> None:
+        epoch, here = found.epoch, found.here
+        resync = here.stamp != epoch or bool(self._store.taint_of(copy.uuid))
+        folders, why_full = self._choose(copy, reason, found, resync=resync)
         if resync and not here.empty and not self._may_resync(reason):
             raise RefusedError(
                 f"the copy holds the data of {here.stamp or 'no epoch'}, and sync.resync is "
                 '"on-failback": `nfsha sync` begins the resync'
             )
-        entry = await self._taint(copy, here, root_fd, epoch) if resync else None
-        request = PassRequest(
-            uuid=uuid,
-            root_fd=root_fd,
-            source=self._source(epoch),
-            folders=folders,
+        entry = await self._taint(copy, found) if resync else None
+        request = replace(self._request(copy, found, entry), folders=folders, is_replica=not resync)
+        if why_full:
+            copy.full_walks[why_full] += 1
+            log.info("volume %s: a full walk: %s", here.name, why_full)
+        outcome = await self._pull(copy, request, found.scratch)
+        if entry is not None:
+            await self._write(Quarantine(found.root_fd).finish, entry)
+        if outcome.verdict is not Verdict.COMPLETE:
+            self._not_completed(copy, outcome)
+            return
+        done = _mark(copy.uuid, found, outcome, full=folders is None)
+        if reason.kind is Kind.FULL and not resync:
+            copy.missed_by_journal += await self._missed(copy, found, outcome)
+        copy.folders = folders
+        await self._completed(copy, here, done)
+
+    def _request(self, copy: Copy, found: _Found, entry: Entry | None) -> PassRequest:
+        """A full walk; what it overwrites and deletes goes to the entry of the quarantine."""
+        mark = self._store.own.get(copy.uuid)
+        return PassRequest(
+            uuid=copy.uuid,
+            root_fd=found.root_fd,
+            source=self._source(found.epoch),
+            folders=None,
             resync_backup=entry.backup_dir if entry is not None else None,
             limits=DeleteLimits(
                 # What a resync deletes goes to quarantine; only an emptied copy waits for a word.
@@ -352,57 +376,43 @@ class Fetching:
                 percent=self._sync.max_deletes_percent,
                 known_files=mark.files if mark is not None else 0,
                 accepted_plan=copy.accepted,
-                target_empty=here.empty,
+                target_empty=found.here.empty,
             ),
-            bandwidth_kib_s=self._bandwidth(here),
+            bandwidth_kib_s=self._bandwidth(found.here),
             timeout_s=self._sync.timeout_s,
             connect_timeout_s=self._sync.connect_timeout_s,
-            name=f"volume {here.name}",
-            expected_bytes=_used_bytes(facts, uuid),
+            name=f"volume {found.here.name}",
+            expected_bytes=found.facts.used_bytes(copy.uuid),
         )
-        if why_full:
-            copy.full_walks[why_full] += 1
-            log.info("volume %s: a full walk: %s", here.name, why_full)
-        outcome = await self._pull(copy, request, scratch)
-        if entry is not None:
-            await self._write(Quarantine(root_fd).finish, entry)
-        if outcome.verdict is Verdict.COMPLETE:
-            done = _mark(uuid, epoch, facts, changes, outcome, full=folders is None)
-            if reason.kind is Kind.FULL and not resync and changes is not None:
-                copy.missed_by_journal += await self._missed(copy, epoch, changes, outcome, scratch)
-            await self._completed(copy, here, done)
-            return
-        self._not_completed(copy, outcome)
 
     def _choose(
-        self, copy: Copy, epoch: Epoch, reason: Reason, changes: Published | None, *, resync: bool
+        self, copy: Copy, reason: Reason, found: _Found, *, resync: bool
     ) -> tuple[tuple[bytes, ...] | None, str]:
         """The folders to ask for, or None and why all of the volume must be walked."""
         mark = self._store.own.get(copy.uuid)
         if resync:
             return None, "resync"
-        if mark is None or mark.epoch != epoch:
+        if mark is None or mark.epoch != found.epoch:
             return None, "no complete pass of this epoch yet"
         if reason.kind is not Kind.ORDINARY:
             return None, f"the schedule's {reason.kind} walk"
-        if changes is None:
+        if found.changes is None:
             return None, "the source has no change journal"
-        folders, why = changes.since(mark.changes_id, mark.changes_seq)
+        folders, why = found.changes.since(mark.changes_id, mark.changes_seq)
         return folders, why
 
     def _may_resync(self, reason: Reason) -> bool:
         return self._sync.resync == "automatic" or reason.cause is Cause.COMMAND
 
-    async def _taint(
-        self, copy: Copy, here: VolumeFacts, root_fd: int, epoch: Epoch
-    ) -> Entry | None:
+    async def _taint(self, copy: Copy, found: _Found) -> Entry | None:
         """Durable before the first byte of a resync: until its end this is no replica."""
+        epoch, here = found.epoch, found.here
         if here.empty:
             await self._write(self._store.taint, [copy.uuid], f"first copy of epoch {epoch}")
             self._changed()
             return None
         entry = await self._write(
-            Quarantine(root_fd).begin,
+            Quarantine(found.root_fd).begin,
             "resync",
             why=f"the copy held the data of {here.stamp or 'no epoch'}; resync to epoch {epoch}",
             epoch=here.stamp,
@@ -423,20 +433,18 @@ class Fetching:
         # Wherever it is shown the volume's name stands before it already.
         return replace(outcome, sentence=outcome.sentence.removeprefix(f"{request.name}: "))
 
-    async def _missed(
-        self, copy: Copy, epoch: Epoch, changes: Published, outcome: PassOutcome, scratch: Path
-    ) -> int:
+    async def _missed(self, copy: Copy, found: _Found, outcome: PassOutcome) -> int:
         """How many differences a full walk found that the change journal had not named.
 
         The walk came right after a pass of all that the journal named. On a volume that changed
         during the walk nobody can tell them apart; then none is counted.
         """
-        found = outcome.transferred_files + outcome.deletions
-        if not found:
+        count, changes = outcome.transferred_files + outcome.deletions, found.changes
+        if not count or changes is None:
             return 0
-        _, after = await self._published(copy.uuid, epoch, scratch)
+        _, after = await self._published(copy.uuid, found.epoch, found.scratch)
         folders = after.since(changes.journal_id, changes.last)[0] if after is not None else None
-        return found if folders == () else 0
+        return count if folders == () else 0
 
     async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark) -> None:
         await self._write(self._store.put_own, mark)
@@ -446,7 +454,7 @@ class Fetching:
         copy.attempts = 0
         copy.plan, copy.accepted, copy.said = None, None, ""
         copy.rest(State.IDLE, "up to date")
-        await self._inventory.look()
+        await self._inventory.look_at(copy.uuid)
         self._changed()
 
     def _untaint(self, uuid: str, epoch: Epoch) -> None:
@@ -475,6 +483,61 @@ class Fetching:
                 self.schedule.retry(copy.uuid, 1)
             case _:
                 self._failed(copy, outcome.sentence)
+
+    # ------------------------------------------------------------- proving
+
+    async def prove(self, uuid: str, epoch: Epoch, mark: Mark) -> str:
+        """Says in what the copy differs from a source that stands still, or "".
+
+        The folders of the last pass are compared by content, and the source's journal must know of
+        no change since its `mark`.
+        """
+        scratch = self._scratch / f"{uuid}-proof"
+        folders = self.copies[uuid].folders
+        await asyncio.to_thread(_fresh_folder, scratch)
+        try:
+            if folders:
+                here = self._inventory.by_uuid(uuid)
+                if here is None:
+                    return "it is not mounted here any more"
+                different = await self._compare(here, epoch, folders, scratch)
+                if different:
+                    return different
+            facts, changes = await self._published(uuid, epoch, scratch)
+            self._guard(uuid, epoch, facts)
+        except (RefusedError, *TROUBLES) as error:
+            return str(error)
+        if changes is None:
+            return "the source has no change journal"
+        late, why = changes.since(mark.changes_id, mark.changes_seq)
+        if late is None:
+            return why
+        return f"{shown(late[0])} changed after the freeze" if late else ""
+
+    async def _compare(
+        self, here: VolumeFacts, epoch: Epoch, folders: tuple[bytes, ...], scratch: Path
+    ) -> str:
+        root_fd = await asyncio.to_thread(volumes.open_root, here)
+        try:
+            request = PassRequest(
+                uuid=here.identity or "",
+                root_fd=root_fd,
+                source=self._source(epoch),
+                folders=folders,
+                limits=DeleteLimits(0, 0, 0, None, target_empty=False),
+                timeout_s=self._sync.timeout_s,
+                connect_timeout_s=self._sync.connect_timeout_s,
+                checksum=True,
+                name=f"volume {here.name}",
+            )
+            outcome = await self._pull(self.copies[here.identity or ""], request, scratch)
+        finally:
+            os.close(root_fd)
+        if outcome.verdict is not Verdict.COMPLETE:
+            return outcome.sentence
+        if outcome.transferred_files or outcome.deletions:
+            return f"{outcome.transferred_files} files differed, {outcome.deletions} were too many"
+        return ""
 
     # ------------------------------------------------------------- verifying
 
@@ -506,6 +569,7 @@ class Fetching:
         if outcome.verdict not in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._failed(copy, outcome.sentence)
             return
+        await self._write(self._store.note_verify, copy.uuid, copy.verified_ns)
         log.info("volume %s: verified: %s", here.name, outcome.sentence)
         copy.rest(State.IDLE, f"verified: {outcome.sentence}")
 
@@ -577,26 +641,14 @@ class Fetching:
                 await pull.limit_bandwidth(self._bandwidth(here))
 
 
-def _used_bytes(facts: SourceFacts, uuid: str) -> int:
-    there = facts.of(uuid)
-    return 0 if there is None else there.used_bytes
-
-
-def _mark(
-    uuid: str,
-    epoch: Epoch,
-    facts: SourceFacts,
-    changes: Published | None,
-    outcome: PassOutcome,
-    *,
-    full: bool,
-) -> Mark:
+def _mark(uuid: str, found: _Found, outcome: PassOutcome, *, full: bool) -> Mark:
+    facts, changes = found.facts, found.changes
     return Mark(
         volume=uuid,
-        epoch=epoch,
+        epoch=found.epoch,
         started_ns=facts.as_of_ns if changes is None else min(changes.as_of_ns, facts.as_of_ns),
         files=outcome.files,
-        bytes=_used_bytes(facts, uuid),
+        bytes=facts.used_bytes(uuid),
         transferred_bytes=outcome.transferred_bytes,
         deletions=outcome.deletions,
         duration_ms=round(outcome.seconds * 1000),
@@ -609,28 +661,3 @@ def _mark(
 def _fresh_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, mode=0o700)
-
-
-def _read_facts(path: Path) -> SourceFacts:
-    """Reads what the source published. Raises OSError or VolumeError for anything else."""
-    try:
-        document = json.loads(read_small(path, MAX_FACTS_BYTES))
-    except ValueError as error:
-        raise VolumeError(f"the source's facts are no JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
-        raise VolumeError("the source's facts are of another version of nfsha")
-    as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
-    stamped_ns = document.get("stamped_ns")
-    if (
-        not isinstance(as_of_ns, int)
-        or not isinstance(listed, list)
-        or not isinstance(stamped_ns, dict)
-        or not all(isinstance(one, int) for one in stamped_ns.values())
-    ):
-        raise VolumeError("the source's facts are incomplete")
-    return SourceFacts(
-        epoch_from_json(document.get("epoch")),
-        as_of_ns,
-        tuple(from_json(one) for one in listed),
-        stamped_ns,
-    )

@@ -7,13 +7,14 @@ hangs hides no other volume. It writes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nfsha.core.model import Epoch
 from nfsha.replica.survey import Survey
 from nfsha.replica.volume_facts import VolumeError, VolumeFacts, differences
+from nfsha.replica.volumes import only_volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,14 @@ class Pair:
     paired: str
     """`paired`, `unpaired-here`, `unpaired-there`, or `new` (no identity on either side)."""
     differs: tuple[str, ...]
+
+    def obstacles(self) -> Iterator[str]:
+        """Why this volume forbids to move the service: it has no copy, or one side is not sound."""
+        if self.paired != "paired":
+            yield f"volume {self.name} has no copy ({self.paired}): `nfsha volumes`"
+        for where, one in (("here", self.here), ("there", self.there)):
+            if one is not None and (one.failing or one.read_only):
+                yield f"volume {self.name} {where}: {one.failing or 'mounted read-only'}"
 
 
 class Inventory:
@@ -50,11 +59,30 @@ class Inventory:
             except VolumeError as error:
                 self.trouble = str(error)
             else:
-                # The root is there for its mount points; where it cannot be a volume it is none.
-                self.here = tuple(one for one in found if one.name != "." or not one.refused)
+                self._take(found)
                 self.trouble = ""
                 self.looked_ms = self._clock_ms()
         return self.here
+
+    def _take(self, found: Sequence[VolumeFacts]) -> None:
+        """The root is there for its mount points; where it cannot be a volume it is none."""
+        fit = only_volumes(found)
+        self.here = tuple(one for one in fit if one.name != "." or not one.refused)
+
+    async def look_at(self, uuid: str) -> None:
+        """Looks at the one volume here that bears this identity; at all if it is not known well."""
+        known = self.by_uuid(uuid)
+        if known is None or known.refused:
+            await self.look()
+            return
+        async with self._turn:
+            try:
+                found = await self._survey.look_again(known.path)
+            except VolumeError as error:
+                self.trouble = str(error)
+                return
+            now = (found if one.path == known.path else one for one in self.here)
+            self._take([one for one in now if one is not None])
 
     def by_uuid(self, uuid: str) -> VolumeFacts | None:
         """The volume here that bears this identity; None also when two do (a copied disk)."""

@@ -1,8 +1,9 @@
 """What this node knows for good of each copy: its sync marks, the peer's, and what is tainted.
 
 A mark is the record of one complete pass. The taint says that a volume may hold a mixture of two
-states (a resync began and did not end). One small file for each mark and one for the taint, in one
-folder: a pass of one volume writes one block, whatever the number of volumes.
+states (a resync began and did not end). Beside the last pass of a copy stands when all of it was
+walked last, and when verified. One small file for each mark and one for the taint, in one folder: a
+pass of one volume writes one block, whatever the number of volumes.
 
 Nothing is ever guessed. A mark that cannot be read is no mark; a taint file that cannot be read, or
 is missing beside marks, taints everything. Decides nothing but `wholeness`, which is takeover
@@ -18,7 +19,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,9 +41,10 @@ MAX_MARKS: Final = 4096
 MAX_BYTES: Final = 4096  # of one mark's file; a real one has about 500
 MAX_TAINT_BYTES: Final = 1 << 20  # MAX_MARKS volumes, each with a short reason
 MAX_WHY: Final = 200
-WALKS: Final = ("full", "folders", "verify")
+WALKS: Final = ("full", "folders", "verify", "handover")
 _NUMBER_LIMIT: Final = (1 << 63) - 1
 _TAINT: Final = "taint"
+_WALKED: Final = "walked"
 _SHOWN_MAX: Final = 3  # reasons in one sentence
 
 Document = dict[str, Any]
@@ -76,6 +78,19 @@ class Mark:
     def age_ms(self, now_ns: int) -> int:
         """How old the copy is at this wall time; 0 where the source's clock is ahead of ours."""
         return max(0, now_ns - self.started_ns) // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """When all of a copy was walked last, and when verified (Unix time, by wall clock).
+
+    The walk by the source's clock, as the mark; the verify by this node's. A copy counts as
+    verified when it was made: until then there was nothing that could have rotted.
+    """
+
+    volume: str
+    full_ns: int
+    verify_ns: int
 
 
 def mark_as_json(mark: Mark) -> Document:
@@ -130,6 +145,7 @@ class MarkStore:
         self._lock = threading.Lock()
         self._own: dict[str, Mark] = {}
         self._peer: dict[str, Mark] = {}
+        self._walked: dict[str, Walked] = {}
         # Until `load` has said otherwise nothing here is to be relied upon.
         self._taint: dict[str, str] = {EVERYTHING: "the marks were not read yet"}
 
@@ -142,6 +158,17 @@ class MarkStore:
     def peer(self) -> dict[str, Mark]:
         """The same, as the peer told it of its copies."""
         return self._peer
+
+    def since_ms(self, uuid: str, walk: str, now_ns: int) -> int | None:
+        """How long ago all of a copy was walked ("full") or verified ("verify"); None: never.
+
+        0 where that was after `now_ns` (a wall clock that was set).
+        """
+        walked = self._walked.get(uuid)
+        if walked is None:
+            return None
+        then_ns = walked.verify_ns if walk == "verify" else walked.full_ns
+        return max(0, now_ns - then_ns) // 1_000_000
 
     @property
     def tainted(self) -> frozenset[str]:
@@ -170,6 +197,21 @@ class MarkStore:
         with self._lock:
             self._write_marks("own", [mark])
             self._own = _with(self._own, [mark])
+            if mark.walk == "full":
+                before = self._walked.get(mark.volume)
+                verify_ns = mark.started_ns if before is None else before.verify_ns
+                self._write_walked(Walked(mark.volume, mark.started_ns, verify_ns))
+            self._forget_walks(self._own)
+
+    def note_verify(self, uuid: str, at_ns: int) -> None:
+        """Records that a copy was compared to its end at this wall time. MarksError if it cannot.
+
+        One of which no complete pass is known is not recorded.
+        """
+        with self._lock:
+            before = self._walked.get(uuid)
+            if before is not None:
+                self._write_walked(Walked(uuid, before.full_ns, at_ns))
 
     def put_peer(self, marks: Iterable[Mark]) -> None:
         """Records what the peer told of its copies; what is known already is not written again."""
@@ -202,6 +244,7 @@ class MarkStore:
             for side, known in (("own", self._own), ("peer", self._peer)):
                 for uuid in known.keys() - set(uuids):
                     self._remove(f"{side}-{uuid}")
+            self._forget_walks(uuids)
             self._own = {uuid: mark for uuid, mark in self._own.items() if uuid in uuids}
             self._peer = {uuid: mark for uuid, mark in self._peer.items() if uuid in uuids}
 
@@ -209,19 +252,24 @@ class MarkStore:
         self.path.mkdir(mode=0o755, exist_ok=True)
         names = sorted(entry.name for entry in self.path.iterdir())
         found: dict[str, dict[str, Mark]] = {"own": {}, "peer": {}}
+        walked: dict[str, Walked] = {}
         reports = []
         for name in names:
             side, _, uuid = name.partition("-")
-            if side not in found or not is_identity(uuid):
+            if side not in (*found, _WALKED) or not is_identity(uuid):
                 continue  # the taint, what was moved aside, what a crash left half written
             try:
-                mark = mark_from_json(_decode(read_small(self.path / name, MAX_BYTES)))
-                if mark.volume != uuid:
-                    raise MarksError(f"a mark of the volume {mark.volume}")
-                found[side][uuid] = mark
+                payload = _decode(read_small(self.path / name, MAX_BYTES))
+                if payload.get("volume") != uuid:
+                    raise MarksError(f"a mark of the volume {payload.get('volume')!r:.80}")
+                if side == _WALKED:
+                    walked[uuid] = _walked_from(payload)
+                else:
+                    found[side][uuid] = mark_from_json(payload)
             except (MarksError, OSError) as error:
                 reports.append(f"{self._moved_aside(name, error)}; it counts as no mark")
         self._own, self._peer = _with({}, found["own"].values()), _with({}, found["peer"].values())
+        self._walked = {uuid: one for uuid, one in walked.items() if uuid in self._own}
         return reports + self._load_taint(bool(names))
 
     def _load_taint(self, was_used: bool) -> list[str]:
@@ -254,6 +302,16 @@ class MarkStore:
         known = self._own if side == "own" else self._peer
         for uuid in known.keys() - _with(known, marks).keys():
             self._remove(f"{side}-{uuid}")
+
+    def _write_walked(self, walked: Walked) -> None:
+        self._write(f"{_WALKED}-{walked.volume}", asdict(walked))
+        self._walked = {**self._walked, walked.volume: walked}
+
+    def _forget_walks(self, known: Collection[str]) -> None:
+        """Of copies that are no more."""
+        for uuid in self._walked.keys() - set(known):
+            self._remove(f"{_WALKED}-{uuid}")
+            self._walked = {one: kept for one, kept in self._walked.items() if one != uuid}
 
     def _set_taint(self, taint: dict[str, str]) -> None:
         if taint != self._taint:
@@ -372,6 +430,16 @@ def _decode(data: bytes) -> Document:
     if not isinstance(payload, dict) or _encode(payload) != data:
         raise MarksError("the checksum does not match")
     return payload
+
+
+def _walked_from(payload: Document) -> Walked:
+    names = {one.name for one in fields(Walked)}
+    times = [payload.get("full_ns"), payload.get("verify_ns")]
+    if set(payload) != names or not all(
+        type(time) is int and 0 <= time <= _NUMBER_LIMIT for time in times
+    ):
+        raise MarksError("a record of walks that lacks a time, or has something else")
+    return Walked(**payload)
 
 
 def _taint_from(payload: Document) -> dict[str, str]:

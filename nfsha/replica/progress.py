@@ -168,6 +168,11 @@ class ProgressReader:
         self._note(found, now_ms)
         return self.last
 
+    def grown(self, done: int, files: int, now_ms: int) -> Progress:
+        """Takes by how much the target's filesystem has grown, where no lines tell it."""
+        self._advance(done, files, None, now_ms)
+        return self.last
+
     def _count(self, line: re.Match[bytes]) -> None:
         """Keeps the numbers alone: with many small files there are many lines."""
         files = int(line[3]) if line[3] else self.last.files
@@ -176,28 +181,33 @@ class ProgressReader:
     def _note(self, line: re.Match[bytes], now_ms: int) -> None:
         done = int(line[1])
         self._listed = self._listed or line[4] == b"to"
+        files = int(line[3]) if line[3] else self.last.files
+        self._advance(done, files, int(line[2]), now_ms)
+
+    def _advance(self, done: int, files: int, rsync_percent: int | None, now_ms: int) -> None:
         self._samples.append((now_ms, done))
         while len(self._samples) > 2 and self._samples[1][0] < now_ms - _RATE_OVER_MS:
             self._samples.popleft()
-        total, percent = self._whole(done, int(line[2]))
+        total, percent = self._whole(done, rsync_percent)
         rate = self._rate()
         self.last = Progress(
             stage=self.last.stage,
             bytes=done,
-            files=int(line[3]) if line[3] else self.last.files,
+            files=files,
             total_bytes=total,
             rate_bytes_s=rate,
             eta_s=-(-max(total - done, 0) // rate) if total is not None and rate else None,
             percent=percent,
         )
 
-    def _whole(self, done: int, rsync_percent: int) -> tuple[int | None, int | None]:
+    def _whole(self, done: int, rsync_percent: int | None) -> tuple[int | None, int | None]:
         """The total and the percentage, where they are known."""
         total = self.last.total_bytes
         if total is not None:
             total = max(total, done)  # files grew since the plan
             return total, min(100, done * 100 // total) if total else 100
-        return None, min(100, rsync_percent) if self._listed else None
+        known = self._listed and rsync_percent is not None
+        return None, min(100, rsync_percent or 0) if known else None
 
     def _rate(self) -> int:
         (then_ms, then), (now_ms, now) = self._samples[0], self._samples[-1]

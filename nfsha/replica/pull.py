@@ -4,7 +4,7 @@ At most three runs of rsync, each for one purpose, so that a deletion rests on a
 
 1. plan: a dry run that names what differs. When nothing does, the pass is over: one walk.
 2. copy: brings what differs, and deletes nothing (only what stands in the way, if the plan's
-   deletions may be carried out).
+   deletions may be carried out). What is little is asked for by the names of the plan.
 3. settle: deletes what the plan named and sets folders' attributes right, looking at the folders
    concerned only. Not after a run in which the source reported an I/O error.
 
@@ -23,6 +23,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Final
@@ -49,6 +50,7 @@ from nfsha.replica.deletions import (
     ruling,
 )
 from nfsha.replica.exits import Complaints, Ending, Verdict, judge
+from nfsha.replica.filling import watch_filling
 from nfsha.replica.mountinfo import at_and_below, read_mounts, visible
 from nfsha.replica.progress import Progress, ProgressReader, Stage, Stats, StatsError, Tail
 from nfsha.replica.stall import Activity, StallWatch, activity
@@ -86,7 +88,8 @@ class PassRequest:
     `folders`: relative to it, b"." for itself; each is compared one level deep. None: a full walk.
     `resync_backup`: a folder relative to the root where that goes which the pass overwrites or
     deletes. `longest_s`: no single run of rsync takes longer. `expected_bytes`: how much a first
-    copy will be, for its progress.
+    copy will be, for its progress. `is_replica`: what is there may be served after a takeover, be
+    it empty; so nothing half-received may lie where a client could see it.
     """
 
     uuid: str
@@ -102,6 +105,7 @@ class PassRequest:
     name: str = ""
     longest_s: int = _LONGEST_S
     expected_bytes: int | None = None
+    is_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,13 +329,29 @@ class Pull:
             may_delete = bool(plan.count or reader.old_parts) and not held
         ceiling = min(self._ceiling + reader.old_parts, _INT_MAX) if may_delete else 0
         if reader.copies:
-            copied = await self._copy(
-                course, total_bytes=run.stats.transferred_bytes, make_way=ceiling
-            )
+            copied = await self._copy_planned(course, reader, run.stats, ceiling)
             may_delete = may_delete and copied.went_through
         if may_delete or (run.went_through and reader.touched and not reader.copies):
             await self._settle(course, reader, ceiling if may_delete else None)
         return held
+
+    async def _copy_planned(
+        self, course: Course, reader: PlanReader, planned: Stats, make_way: int
+    ) -> _Run:
+        """Copies what the plan named, by name if that is little: no second look at all the rest."""
+        total_bytes = planned.transferred_bytes
+        if reader.by_name:
+            names = (reader.wanted | reader.touched) - {b"."}
+            above = {over for name in names for over in _upwards(name.rpartition(b"/")[0])}
+            data = folder_list((), [b".", *sorted(names - above)])
+            with await asyncio.to_thread(self._listed, data) as listed:
+                few = replace(course, list_path=listed.name)
+                run = await self._copy(few, total_bytes=total_bytes, make_way=make_way)
+            self._tally.entries = planned.entries  # of what was walked, not of this list
+            if not run.went_through or _files_in(run) == reader.wanted_files:
+                return run
+            # Something has another name by now, and may have been changed before this pass began.
+        return await self._copy(course, total_bytes=total_bytes, make_way=make_way)
 
     async def _look_again(self, course: Course) -> None:
         """Asks once more for what vanished: it must be gone, or come now.
@@ -361,8 +381,8 @@ class Pull:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile."""
         root_fd = self.request.root_fd
         # Beside their places is faster, but a killed rsync leaves files there that a client could
-        # see. A first copy may: it is no replica before its end, and the next pass deletes them.
-        aside = not self.request.limits.target_empty
+        # see. A first copy may: it is no replica before its end, and the next pass mends them.
+        aside = self.request.is_replica or not self.request.limits.target_empty
         if aside:
             await asyncio.to_thread(_make_incoming, root_fd)
         try:
@@ -373,7 +393,8 @@ class Pull:
                 argv = course.copy(
                     make_way=make_way, bandwidth_kib_s=self._bandwidth_kib_s, aside=aside
                 )
-                run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
+                async with self._onlooker(reader, aside=aside):
+                    run = await self._rsync("copy", argv, self._reporter(reader), reader.rest)
                 if not self._again or self._ending or run.ending.verdict is not Verdict.KILLED:
                     self._tally.add_copy(run, reader.last)
                     return run
@@ -383,6 +404,18 @@ class Pull:
         finally:
             if aside:
                 await asyncio.to_thread(_drop_incoming, root_fd)
+
+    def _onlooker(
+        self, reader: ProgressReader, *, aside: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Who tells of a copy that tells nothing itself."""
+        if aside:
+            return contextlib.nullcontext()
+
+        def grown(done: int, files: int) -> None:
+            self._report(reader.grown(done, files, self._clock_ms()))
+
+        return watch_filling(self.request.root_fd, grown)
 
     def _reporter(self, reader: ProgressReader) -> Callable[[bytes], None]:
         def take(line: bytes) -> None:
@@ -644,6 +677,11 @@ def _own(root_fd: int, folders: Sequence[bytes]) -> list[bytes]:
         if not any(parts[: len(mount)] == mount for mount in inside):
             kept.append(name)
     return kept
+
+
+def _files_in(run: _Run) -> int:
+    """How many things that are no folders were in rsync's list."""
+    return 0 if run.stats is None else run.stats.entries - run.stats.folders
 
 
 def _upwards(name: bytes) -> Iterator[bytes]:

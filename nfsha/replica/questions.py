@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -134,9 +133,6 @@ class Answering:
 
 
 def _write(path: Path, one: VolumeFacts, question: SuspectQuestion) -> None:
-    root_fd = volumes.open_root(one)
-    try:
+    with volumes.root_of(one) as root_fd:
         answers = suspects.answer(root_fd, question)
-    finally:
-        os.close(root_fd)
     write_durably(path, json.dumps(suspects.answers_to_json(answers)).encode())

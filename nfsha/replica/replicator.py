@@ -11,15 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nfsha.config import IPAddress, Settings
-from nfsha.core.model import Epoch, ReplicaChanged
-from nfsha.core.replication import Fetch, Flow, Offer, Rest
+from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, ReplicaChanged
+from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
 from nfsha.replica import rsync_version, volumes
 from nfsha.replica.child import end_leftovers
 from nfsha.replica.clocks import Clocks
@@ -37,6 +36,7 @@ from nfsha.replica.marks import (
 from nfsha.replica.pull import From
 from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
+from nfsha.replica.receiving import Receiving
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.serving import Serving
 from nfsha.replica.source import RSYNC, Source, epoch_token
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 KEEP_EVERY_MS = 60_000
 """How often the limits of the quarantines are looked at."""
+
+FETCHES = (Fetch, Approach, Finish)
+"""The ways on which this node receives."""
 
 LOOK_EVERY_S = 5.0
 """How often the filesystems are looked at while nothing else asks."""
@@ -75,7 +78,7 @@ class Replicator:
         ends: Ends,
         *,
         clock_ms: Callable[[], int],
-        report: Callable[[ReplicaChanged], None],
+        report: Callable[[ReplicaChanged | PresyncChanged | FinalChanged], None],
         tell: Callable[[Facts], None],
         watch: Callable[[asyncio.Task[None]], None],
     ) -> None:
@@ -112,6 +115,15 @@ class Replicator:
             clocks=clocks,
             watch=watch,
             changed=self._changed,
+        )
+        self.receiving = Receiving(
+            self.fetching,
+            settings.handover.max_stall_ms,
+            clocks=clocks,
+            name_of=self.inventory.name_of,
+            marks=lambda: self.store.own,
+            report=report,
+            watch=watch,
         )
         self.answering = Answering(self.source.public)
         self._over: dict[str, str] = {}
@@ -173,13 +185,14 @@ class Replicator:
         self._epoch = epoch
         if not _same_side(before, flow):
             # At once, not in the conductor's next round: what may not run any more is killed now.
-            if isinstance(before, Fetch):
-                self.fetching.may_start = False
+            if isinstance(before, FETCHES):
+                self.fetching.let(start=False)
                 self._end_fetching()
             if self._serving_task is not None:
                 self._serving_task.cancel()
-        if isinstance(flow, Fetch):
-            self.fetching.may_start = flow.start
+        elif isinstance(flow, Fetch):
+            self.fetching.let(start=flow.start)
+        self.receiving.follow(flow)
         if moved:
             self._changed()
         self._bell.set()
@@ -188,6 +201,12 @@ class Replicator:
         """Ends all that receives, and proves it gone; returns what is stuck, or ""."""
         self._end_fetching()
         return await self._ended()
+
+    async def come_to_rest(self) -> str:
+        """Puts all on the disk and waits until nothing writes; returns why it cannot, or ""."""
+        if self.serving.epoch is None:
+            return "the volumes are not offered yet"
+        return await self.serving.come_to_rest()
 
     def _end_fetching(self) -> None:
         if self._ending is None or self._ending.done():
@@ -202,7 +221,8 @@ class Replicator:
     async def _end_serving(self) -> None:
         task, self._serving_task = self._serving_task, None
         if task is not None:
-            task.cancel()
+            if not task.cancelling():  # a second time would break off the end of the first
+                task.cancel()
             # Not `await task`: its end and the cancelling of who waits here would look alike.
             await asyncio.wait([task])
 
@@ -227,7 +247,7 @@ class Replicator:
         flow = self._flow
         if not isinstance(flow, Offer) or self.serving.epoch not in (None, flow.epoch):
             await self._end_serving()
-        if not isinstance(flow, Fetch) or self.fetching.epoch not in (None, flow.epoch):
+        if not isinstance(flow, FETCHES) or self.fetching.epoch not in (None, flow.epoch):
             self._end_fetching()
             await self._ended()
         if flow != self._flow:
@@ -238,14 +258,41 @@ class Replicator:
             self._serving_task = asyncio.ensure_future(self.serving.run(flow.epoch))
             self._watch(self._serving_task)
         if isinstance(flow, Fetch):
+            if flow.proved:
+                await self._stamp_proved(flow.epoch)
             self._fetch(flow)
 
+    async def _stamp_proved(self, epoch: Epoch) -> None:
+        """Marks the volumes that a handover proved equal as complete copies of its epoch.
+
+        Those that bear the newest of this node's own stamps: it was the giver. One that was not
+        offered then bears an older one, and is resynced.
+        """
+        await self.inventory.look()
+        own = [one.stamp for one in self.inventory.here if one.stamp is not None]
+        given = max(
+            (stamp for stamp in own if stamp.authority is self._settings.role),
+            key=lambda stamp: stamp.number,
+            default=None,
+        )
+        for one in self.inventory.here:
+            if one.identity is None or one.stamp is None or one.stamp != given:
+                continue
+            try:
+                before = self.store.peer.get(one.identity)
+                mark = _given_mark(one, epoch, before.files if before is not None else 0)
+                await asyncio.to_thread(self.store.put_own, mark)
+                await asyncio.to_thread(volumes.write_stamp, one, epoch)
+            except (VolumeError, MarksError, OSError) as error:
+                log.warning("volume %s is resynced, for it cannot be marked: %s", one.name, error)
+        await self.inventory.look()
+
     def _fetch(self, flow: Fetch) -> None:
-        came = flow.start and (self.fetching.epoch != flow.epoch or not self.fetching.may_start)
-        if self.fetching.epoch != flow.epoch:
-            self.fetching.begin(flow.epoch)
-        self.fetching.may_start = flow.start
+        came = self.fetching.epoch != flow.epoch
         if came:
+            self.fetching.begin(flow.epoch)
+        self.fetching.let(start=flow.start)
+        if came and flow.start and not flow.proved:  # who holds the same data can wait
             self.fetching.start_all()
 
     def _source_of(self, epoch: Epoch) -> From:
@@ -254,7 +301,7 @@ class Replicator:
 
     async def _pair_up(self) -> None:
         """Gives an empty volume here the identity of the source's volume of the same name."""
-        if not isinstance(self._flow, Fetch):
+        if not isinstance(self._flow, FETCHES):
             return
         for pair in self.inventory.pairs():
             here, there = pair.here, pair.there
@@ -362,10 +409,10 @@ class Replicator:
     def side(self) -> Facts:
         """Which side this node is on, and why."""
         flow = self._flow
-        mode = {Offer: "source", Fetch: "target", Rest: "none"}[type(flow)]
+        modes = {Offer: "source", Rest: "none"}
         return {
-            "mode": mode,
-            "why": "" if isinstance(flow, Offer) else flow.why,
+            "mode": modes.get(type(flow), "target"),
+            "why": "" if isinstance(flow, Offer) else self._why_not(),
             "source": self.serving.facts(),
             "paused": self.fetching.schedule.paused,
             "bandwidth_kib_s": self.fetching.bandwidth_kib_s,
@@ -405,7 +452,7 @@ class Replicator:
             found["volumes-unseen"] = self.inventory.trouble
         for pair in self.inventory.pairs():
             found |= self._pair_alarms(pair)
-        if isinstance(self._flow, Fetch):
+        if isinstance(self._flow, FETCHES):
             for copy in self.fetching.copies.values():
                 found |= self._copy_alarms(copy)
         for name, over in self._over.items():
@@ -495,6 +542,8 @@ class Replicator:
     def _why_not(self) -> str:
         if isinstance(self._flow, Offer):
             return "it serves, run this on the other node"
+        if isinstance(self._flow, Approach | Finish):
+            return "a handover makes its own passes"
         return self._flow.why
 
     async def sync(
@@ -607,17 +656,31 @@ def _limited(store: Quarantine, limits: tuple[int | None, int | None], drop: boo
 
 
 def _in_quarantine(one: VolumeFacts, call: Callable[[Quarantine], Any]) -> Any:  # noqa: ANN401
-    root_fd = volumes.open_root(one)
-    try:
+    with volumes.root_of(one) as root_fd:
         return call(Quarantine(root_fd))
-    finally:
-        os.close(root_fd)
 
 
 def _same_side(one: Flow, other: Flow) -> bool:
     if isinstance(one, Rest) or isinstance(other, Rest):
         return isinstance(one, Rest) and isinstance(other, Rest)
-    return type(one) is type(other) and one.epoch == other.epoch
+    return isinstance(one, Offer) is isinstance(other, Offer) and one.epoch == other.epoch
+
+
+def _given_mark(one: VolumeFacts, epoch: Epoch, files: int) -> Mark:
+    """The proof of a handover is a complete sync, of this moment."""
+    return Mark(
+        volume=one.identity or "",
+        epoch=epoch,
+        started_ns=time.time_ns(),
+        files=files,
+        bytes=one.used_bytes,
+        transferred_bytes=0,
+        deletions=0,
+        duration_ms=0,
+        walk="handover",
+        changes_id="",
+        changes_seq=0,
+    )
 
 
 def _log_failure(task: asyncio.Task[str]) -> None:

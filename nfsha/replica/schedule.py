@@ -15,16 +15,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
+
+log = logging.getLogger(__name__)
+
+LOCAL_TIME = Path("/etc/localtime")
+"""The machine's time zone (tzset(3), localtime(5))."""
 
 GUARD_EVERY_S = 2.0
 """How often the wall clock is compared with the loop's: a step back stalls no longer than this."""
@@ -41,6 +49,13 @@ RETRY_MOST_MS = 60_000
 
 STOP_WITHIN_S = 1.0
 """So long may a pass take to end after it was cancelled, before it is reported as stuck."""
+
+LATE_MS = 5000
+"""A slower pass that was due while the daemon was down comes so soon after its start."""
+
+AGAIN_PART = 24
+AGAIN_LEAST_MS = 60_000
+"""A slower pass that did not come to its end is due again after such a part of its period."""
 
 VERIFIES_AT_ONCE = 1
 """A verify reads every byte of both copies; two would only fight for the same disks."""
@@ -94,9 +109,8 @@ class Plan:
     """When a volume is copied. Exactly one of `every_ms` and `cron` is given.
 
     `cron` has the five fields of crontab(5), by names of weekdays, in local time. The slower kinds
-    come each `full_every_ms` and `verify_every_ms` (None: never), the first time after
-    `full_first_ms` and `verify_first_ms` (None: a whole period), so that a daemon that restarts
-    often does not put them off for ever.
+    come `full_every_ms` and `verify_every_ms` (None: never) after the last one that was completed,
+    so that a daemon that restarts often does not put them off for ever.
     """
 
     every_ms: int | None = None
@@ -104,9 +118,7 @@ class Plan:
     jitter_ms: int = 0
     """Each pass begins up to so much later; the ones after it do not."""
     full_every_ms: int | None = None
-    full_first_ms: int | None = None
     verify_every_ms: int | None = None
-    verify_first_ms: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for what is no plan."""
@@ -115,8 +127,12 @@ class Plan:
         periods_ms = (self.every_ms, self.full_every_ms, self.verify_every_ms)
         if any(each is not None and each <= self.jitter_ms for each in periods_ms):
             raise ValueError(f"a period must be longer than the jitter of {self.jitter_ms} ms")
-        if min(self.jitter_ms, self.full_first_ms or 0, self.verify_first_ms or 0) < 0:
+        if self.jitter_ms < 0:
             raise ValueError("a time span is negative")
+
+    def period_ms(self, kind: Kind) -> int | None:
+        """The time between two passes of a slower kind; None: there is none."""
+        return {Kind.FULL: self.full_every_ms, Kind.VERIFY: self.verify_every_ms}.get(kind)
 
 
 @dataclass(slots=True)
@@ -180,7 +196,7 @@ class _Every(BaseTrigger):  # type: ignore[misc]  # APScheduler has no type hint
 class _Cron(BaseTrigger):  # type: ignore[misc]  # APScheduler has no type hints
     """Fires at the next moment after now that the cron line names, however many were missed."""
 
-    def __init__(self, line: str, zone: tzinfo | None, jitter_ms: int) -> None:
+    def __init__(self, line: str, zone: tzinfo, jitter_ms: int) -> None:
         self._cron = CronTrigger.from_crontab(line, timezone=zone)
         self._jitter_ms = jitter_ms
 
@@ -201,6 +217,7 @@ class Schedule:
         *,
         parallel: int,
         watch: Callable[[asyncio.Task[None]], None],
+        since_ms: Callable[[str, Kind], int | None] = lambda _uuid, _kind: None,
         zone: tzinfo | None = None,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -208,12 +225,15 @@ class Schedule:
 
         `run(uuid, reason)` ends when the pass has ended, whatever came of it; it must end soon when
         it is cancelled. `watch` is given the task of each pass, to see to failures that are
-        mistakes of the program. `zone` is for cron lines (None: this machine's), `wall` for tests.
+        mistakes of the program. `since_ms(uuid, kind)` says how long ago a pass of a slower kind
+        was completed, also by another run of the daemon, or for another reason than the schedule
+        (None: not known). `zone` is for cron lines (None: this machine's), `wall` for tests.
         """
         if parallel < 1:
             raise ValueError(f"{parallel} passes side by side")
         self._run = run
         self._watch = watch
+        self._since_ms = since_ms
         self._zone = zone
         self._wall = wall
         self._volumes: dict[str, _Volume] = {}
@@ -248,7 +268,7 @@ class Schedule:
                 raise ValueError(f"more than {MAX_VOLUMES} volumes")
             volume = _Volume(plan)
         now = self._wall()
-        triggers = self._triggers(plan, now)
+        triggers = self._triggers(uuid, plan, now)
         self._drop_jobs(volume)
         self._volumes[uuid] = volume
         volume.plan = plan
@@ -297,6 +317,15 @@ class Schedule:
         self._paused = False
         self._scheduler.resume()
         self._begin_all()
+
+    def hold(self) -> None:
+        """Lets nothing become due by itself any more; what is asked for is made all the same."""
+        self._scheduler.pause()
+
+    def let_go(self) -> None:
+        """Ends `hold`; a pause stays."""
+        if not self._paused:
+            self._scheduler.resume()
 
     # ------------------------------------------------------------- passes
 
@@ -406,6 +435,10 @@ class Schedule:
         self._expect(volume, kind)
         if early_s > _EARLY_S and not by_clock:  # the clock was set forward, no time has passed
             return
+        left_ms = self._left_ms(uuid, volume.plan, kind)
+        if left_ms is not None and left_ms > _EARLY_S * 1000:  # it came meanwhile, unscheduled
+            self._due_in(volume, kind, left_ms)
+            return
         if volume.retry is not None:
             volume.retry.kind = max(volume.retry.kind, kind, key=_KINDS.index)
         elif kind is not Kind.ORDINARY or uuid not in self._running:
@@ -471,25 +504,52 @@ class Schedule:
                     want.ended.set_result(None)
                 else:
                     want.ended.cancel()
+        self._plan_next(uuid, wants[0].reason.kind)
         self._begin_all()
+
+    def _plan_next(self, uuid: str, kind: Kind) -> None:
+        """After a pass of a slower kind: counts its period from its end, if it came to one."""
+        volume = self._volumes.get(uuid)
+        if volume is None or kind not in volume.jobs:
+            return
+        left_ms = self._left_ms(uuid, volume.plan, kind)
+        period_ms = volume.plan.period_ms(kind)
+        if left_ms is None or period_ms is None:
+            return
+        again_ms = min(period_ms, max(AGAIN_LEAST_MS, period_ms // AGAIN_PART))
+        self._due_in(volume, kind, left_ms if left_ms > 0 else again_ms)
 
     # ------------------------------------------------------------- helpers
 
-    def _triggers(self, plan: Plan, now: datetime) -> dict[Kind, Any]:
+    def _triggers(self, uuid: str, plan: Plan, now: datetime) -> dict[Kind, Any]:
         found: dict[Kind, Any] = {}
         if plan.every_ms is not None:
             found[Kind.ORDINARY] = _Every(now, plan.every_ms, plan.jitter_ms)
         elif plan.cron is not None:
+            self._zone = self._zone or local_zone()
             found[Kind.ORDINARY] = _Cron(plan.cron, self._zone, plan.jitter_ms)
-        for kind, every_ms, first_ms in (
-            (Kind.FULL, plan.full_every_ms, plan.full_first_ms),
-            (Kind.VERIFY, plan.verify_every_ms, plan.verify_first_ms),
-        ):
-            if every_ms is not None:
-                before_ms = 0 if first_ms is None else max(1, first_ms) - every_ms
-                anchor = now + timedelta(milliseconds=before_ms)
-                found[kind] = _Every(anchor, every_ms, plan.jitter_ms)
+        for kind in (Kind.FULL, Kind.VERIFY):
+            period_ms = plan.period_ms(kind)
+            if period_ms is not None:
+                left_ms = self._left_ms(uuid, plan, kind)
+                due_ms = period_ms if left_ms is None else max(left_ms, min(LATE_MS, period_ms))
+                anchor = now + timedelta(milliseconds=due_ms - period_ms)
+                found[kind] = _Every(anchor, period_ms, plan.jitter_ms)
         return found
+
+    def _left_ms(self, uuid: str, plan: Plan, kind: Kind) -> int | None:
+        """In how many milliseconds such a pass is due by the last one; 0 or less: it is late."""
+        period_ms = plan.period_ms(kind)
+        since_ms = self._since_ms(uuid, kind) if period_ms is not None else None
+        return None if period_ms is None or since_ms is None else period_ms - max(0, since_ms)
+
+    def _due_in(self, volume: _Volume, kind: Kind, wait_ms: int) -> None:
+        """Moves a job of a slower kind, and the grid on which it goes on."""
+        period_ms = volume.plan.period_ms(kind) or 0
+        job, now = volume.jobs[kind], self._wall()
+        job.trigger.anchor = now + timedelta(milliseconds=wait_ms - period_ms)
+        job.modify(next_run_time=job.trigger.get_next_fire_time(None, now))
+        self._expect(volume, kind)
 
     def _drop_jobs(self, volume: _Volume) -> None:
         for job in volume.jobs.values():
@@ -532,6 +592,25 @@ class Schedule:
         elif step > timedelta(0):
             return  # a moment that was jumped over is due now
         job.modify(next_run_time=trigger.get_next_fire_time(None, self._wall()))
+
+
+def local_zone() -> tzinfo:
+    """The time zone of this process, as tzset(3) finds it; UTC, with a warning, for any other.
+
+    APScheduler's own way refuses a machine whose /etc/timezone and /etc/localtime disagree.
+    """
+    name = os.environ.get("TZ")
+    if name == "":
+        return UTC
+    place = LOCAL_TIME if name is None else Path(name.removeprefix(":"))
+    try:
+        if not place.is_absolute():
+            return ZoneInfo(str(place))
+        with place.open("rb") as file:
+            return ZoneInfo.from_file(file, key=place.name)
+    except (OSError, LookupError, ValueError) as error:
+        log.warning("cron lines are taken for UTC: the zone %s cannot be read: %s", place, error)
+        return UTC
 
 
 def retry_wait_ms(attempt: int) -> int:

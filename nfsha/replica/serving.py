@@ -43,6 +43,9 @@ FACTS_NAME = "facts.json"
 LOOK_EVERY_MS = 5000
 """How often to look at the volumes, and to write the notes of what changed."""
 
+QUIET_S = 0.05
+"""So long without a write event, after all is on the disk, is rest."""
+
 LISTS_WITHIN_S = FRESH_WITHIN_S / 3  # a fetch may have to wait for two of them
 """A list of changes that takes longer (a search after a huge move, a disk that hangs) is left as it
 is, for the other volumes' sake. It says itself how old it is (`as_of_ns`), and a mark goes by that.
@@ -237,6 +240,31 @@ class Serving:
             await asyncio.to_thread(write_durably, public / FACTS_NAME, data)
         except OSError as error:
             raise NotFreshError(f"cannot write into {public}: {error.strerror}") from error
+
+    async def come_to_rest(self) -> str:
+        """Puts all on the disk, and waits until nothing writes. Returns why it cannot, or "".
+
+        Who waits sets the limit. Nothing may be on its way any more: a request that was taken
+        before the ports were closed is answered, and its write seen by the change journals.
+        """
+        if self._offered.keys() - self.journals.keys():
+            names = (
+                self._offered[uuid].name for uuid in self._offered.keys() - self.journals.keys()
+            )
+            return f"no change journal vouches for volume {', '.join(sorted(names))}"
+        seen = -1
+        while True:
+            try:
+                for one in self._offered.values():
+                    await asyncio.to_thread(volumes.sync, one)
+            except (VolumeError, OSError) as error:
+                return str(error)
+            await asyncio.gather(*(drain() for drain in self._drains.values()))
+            now = sum(one.counters.events for one in self.journals.values())
+            if now == seen:
+                return ""
+            seen = now
+            await asyncio.sleep(QUIET_S)
 
     def acknowledge(self, applied: Mapping[str, tuple[str, int]]) -> None:
         """The other node has applied so much of each volume's journal: (journal id, sequence)."""

@@ -275,7 +275,8 @@ class Source:
     async def _end(self) -> None:
         self._enough.set()
         if self._keeper is not None:
-            await self._keeper
+            # Not `await self._keeper`: whoever is cancelled here would cancel the keeper as well.
+            await asyncio.wait([self._keeper])
             self._keeper = None
         self._offer = None
         if self._child is not None:  # the keeper could not end it

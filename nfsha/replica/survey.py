@@ -68,6 +68,19 @@ class Survey:
         self._last = {one.path: one for one in facts}
         return only_volumes(facts, keep_empty_root=self._keep_empty_root)
 
+    async def look_again(self, path: Path) -> VolumeFacts | None:
+        """Looks at the one volume that is mounted there; None when nothing is any more.
+
+        In the time of `look` for one place. Raises VolumeError as that does.
+        """
+        self._stuck = {path: one for path, one in self._stuck.items() if one.is_alive()}
+        place = next((one for one in await self._places() if one.path == path), None)
+        if place is None:
+            return None
+        seen = {} if path in self._stuck else await self._look_at([place])
+        facts = self._last[path] = seen.get(path) or self._unanswering(place)
+        return facts
+
     async def _places(self) -> tuple[Place, ...]:
         if self._root in self._stuck or len(self._stuck) >= MAX_STUCK:
             raise VolumeError(f"the NFS root {self._root}, or too much below it, does not answer")

@@ -13,6 +13,7 @@ did not come back (`nfsha.replica.survey` does that).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -25,6 +26,7 @@ from typing import Final
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica import subvolumes
+from nfsha.replica.beneath import sync_filesystem
 from nfsha.replica.durable import read_small_at, temporary_name, write_durably_at
 from nfsha.replica.mountinfo import (
     MOUNTINFO,
@@ -68,6 +70,7 @@ __all__ = [
     "places",
     "read_identity",
     "read_stamp",
+    "root_of",
     "unanswering",
     "write_identity",
     "write_stamp",
@@ -442,6 +445,16 @@ def open_root(facts: VolumeFacts) -> int:
     return fd
 
 
+@contextlib.contextmanager
+def root_of(facts: VolumeFacts) -> Iterator[int]:
+    """`open_root` for the length of a block."""
+    fd = open_root(facts)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_identity(root_fd: int) -> str | None:
     """Returns the UUID in a volume's root; None if there is none.
 
@@ -484,8 +497,7 @@ def write_identity(facts: VolumeFacts, uuid: str, *, pair: bool = False) -> Volu
     """
     if not is_identity(uuid):
         raise VolumeError(f"{uuid!r} is no identity for {facts.path}, expected a UUID")
-    root_fd = open_root(facts)
-    try:
+    with root_of(facts) as root_fd:
         found = read_identity(root_fd)
         if found is not None and found != uuid:
             raise VolumeError(
@@ -498,9 +510,13 @@ def write_identity(facts: VolumeFacts, uuid: str, *, pair: bool = False) -> Volu
                 f"{uuid}\n# The identity of this volume for nfsha. Never edit, copy or remove it.\n"
             )
             _write_own(root_fd, facts, IDENTITY_NAME, text)
-    finally:
-        os.close(root_fd)
     return replace(facts, identity=uuid)
+
+
+def sync(facts: VolumeFacts) -> None:
+    """Makes all that was written to the volume durable. It blocks. VolumeError, OSError."""
+    with root_of(facts) as root_fd:
+        sync_filesystem(root_fd)
 
 
 def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
@@ -511,8 +527,7 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
     """
     if facts.identity is None:
         raise VolumeError(f"{facts.path} bears no identity, so it gets no stamp; pair it first")
-    root_fd = open_root(facts)
-    try:
+    with root_of(facts) as root_fd:
         found = read_stamp(root_fd)
         if found is not None and found.number > epoch.number:
             raise VolumeError(
@@ -522,20 +537,17 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
         if found != epoch:
             text = f"{epoch.number} {epoch.id} {epoch.authority}\n"
             _write_own(root_fd, facts, STAMP_NAME, text)
-    finally:
-        os.close(root_fd)
 
 
 def stamped_at_ns(facts: VolumeFacts) -> int:
-    """The ctime of a volume's stamp, which nothing can set: two filesystems never share it.
+    """The ctimes of a volume's stamp and identity, summed: two filesystems never share them.
 
-    Raises VolumeError, OSError.
+    Nothing can set them. The stamp's alone does not do: after a handover both nodes may write one
+    within the same tick of their clocks. Raises VolumeError, OSError.
     """
-    root_fd = open_root(facts)
-    try:
-        return os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
-    finally:
-        os.close(root_fd)
+    own = (STAMP_NAME, IDENTITY_NAME)
+    with root_of(facts) as root_fd:
+        return sum(os.stat(x, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns for x in own)
 
 
 def _check_root(fd: int, facts: VolumeFacts) -> None:

@@ -21,7 +21,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,9 +70,32 @@ class Copied:
 
 
 @dataclass(frozen=True)
+class Home:
+    """What the guarded way home did, and what the client saw of it."""
+
+    code: int
+    """The exit code of `nfsha failback`."""
+    stall_ms: float
+    acknowledged: frozenset[int]
+    """Records acknowledged before, while and after the service moved."""
+    read_back: frozenset[int]
+    """What a new connection through the VIP found at the end."""
+    on_both: frozenset[int]
+    """What lies on both disks at the end."""
+    stale: int
+    """Writes whose file was open when the service moved, and that failed."""
+    failed: int
+    """Writes that failed in any other way."""
+    holder_overlap_ms: float
+    holders: frozenset[str]
+    differs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What was measured. Times are milliseconds after the power cut."""
 
+    home: Home
     first: Copied
     """The standby's first pass."""
     decided_ms: int
@@ -155,6 +178,24 @@ CLAIMS: tuple[tuple[Callable[[Outcome], bool], str], ...] = (
     ),
     (lambda o: not o.touched, "the old primary touched the VIP after its boot"),
     (lambda o: not o.open_ports, "the old primary's NFS ports were not closed silently"),
+    (lambda o: o.home.code == 0, "the failback did not end well"),
+    (
+        lambda o: len(o.home.acknowledged) >= 2 * RECORDS,
+        "too few records were acknowledged while the service went home",
+    ),
+    (
+        lambda o: o.home.acknowledged <= o.home.read_back,
+        "records acknowledged while the service went home were not there to be read",
+    ),
+    (
+        lambda o: o.home.acknowledged <= o.home.on_both,
+        "records acknowledged while the service went home are not on both disks",
+    ),
+    (lambda o: o.home.stale <= 1, "more writes failed at the failback than the one under way"),
+    (lambda o: o.home.failed == 0, "writes of the client failed at the failback"),
+    (lambda o: o.home.holder_overlap_ms == 0.0, "two nodes held the VIP at the failback"),
+    (lambda o: o.home.holders == {"primary"}, "after the failback the primary has not the VIP"),
+    (lambda o: not o.home.differs, "after the failback the two volumes are not equal"),
 )
 
 
@@ -184,7 +225,14 @@ def summary(o: Outcome) -> list[tuple[str, str]]:
         ("writes under way at the power cut that failed", f"{o.stale}"),
         ("the old primary, from RETURNED to PASSIVE", f"{o.resync_ms} ms"),
         ("the old primary at the end, its ports closed", o.returned_by[-1]),
-        ("differences between the two volumes at the end", f"{len(o.differs)}"),
+        ("differences between the two volumes then", f"{len(o.differs)}"),
+        ("longest stall of the client in the failback", f"{o.home.stall_ms:.0f} ms"),
+        (
+            "records acknowledged meanwhile / read back",
+            _part(o.home.acknowledged, o.home.read_back),
+        ),
+        ("    of them on both nodes' disks", _part(o.home.acknowledged, o.home.on_both)),
+        ("differences between the two volumes at the end", f"{len(o.home.differs)}"),
     ]
 
 
@@ -335,6 +383,9 @@ def records_in(file: Path) -> frozenset[int]:
     return frozenset(int(line.split()[0]) for line in lines if line.strip(b"\0"))
 
 
+_NOT_YET = Home(-1, 0.0, frozenset(), frozenset(), frozenset(), 0, 0, 0.0, frozenset(), ())
+
+
 class Demo:
     """The acts, in order; each leaves what the next one needs."""
 
@@ -359,7 +410,8 @@ class Demo:
         self.read_back(before)
         after = self.old_primary_returns(before)
         self.all_is_equal_again(before, after)
-        return self.outcome(first, before, after)
+        outcome = self.outcome(first, before, after)
+        return replace(outcome, home=self.goes_home(len(before.attempts) + len(after.attempts)))
 
     def configure(self) -> None:
         """Writes both files and shows one, as it is on the node."""
@@ -614,6 +666,52 @@ class Demo:
             f"volumes again: {_told(self.pair.differences())}."
         )
 
+    def goes_home(self, written: int) -> Home:
+        """The guarded failback, while the client writes on; tells what both nodes decide."""
+        self.paper.heading("7. The service goes home, while the client writes on")
+        writer = self.lab.write_records(interval_ms=_INTERVAL_MS, first=written + 1)
+        writer.wait_acked(RECORDS)
+        began_ms = self.pair.now_ms()
+        self.teller.begin(began_ms)
+        self.paper.block("primary$ nfsha failback --yes")
+        done = self.lab.a.nfsha("failback", "--yes", check=False, timeout_s=_PATIENCE_S)
+        self.paper.block(done.stdout + done.stderr)
+        self.paper.line()
+        self.teller.until(
+            lambda: self.pair.phase("b") == "PASSIVE" and self.pair.phase("a") == "ACTIVE",
+            "the failback",
+            stays=False,
+        )
+        writer.wait_acked(RECORDS)
+        records = writer.stop()
+        read = frozenset(self.lab.read_records())
+        self.pair.wait(
+            lambda: (self.pair.mark("b") or {}).get("walk") != "handover", "a pass of the new epoch"
+        )
+        self.pair.sync()
+        disks = [records_in(self.pair.here(node) / "records") for node in NAMES]
+        seen = self.lab.look()
+        seen.require_complete()
+        stale = [one for one in records.failed if one.stale]
+        self.paper.line()
+        self.paper.text(
+            f"The client waited for {records.longest_stall_ms:.0f} ms at most. What it wrote until "
+            "the standby's ports closed was copied and compared by content before the primary "
+            "took the VIP; the standby is its copy now."
+        )
+        return Home(
+            code=done.returncode,
+            stall_ms=records.longest_stall_ms,
+            acknowledged=frozenset(records.acked),
+            read_back=read,
+            on_both=disks[0] & disks[1],
+            stale=len(stale),
+            failed=len(records.failed) - len(stale),
+            holder_overlap_ms=seen.address_overlap_ms(VIP, began_ms * 1_000_000),
+            holders=frozenset(NAMES[name] for name in seen.holders(VIP)),
+            differs=tuple(self.pair.differences()),
+        )
+
     def _quarantined(self) -> frozenset[int]:
         """Numbers of the records in the old primary's quarantine."""
         files = (self.pair.here("a") / ".nfsha-quarantine").rglob("records")
@@ -640,6 +738,7 @@ class Demo:
         returned = self.pair.wait_phase("a", "RETURNED", since_ms=boot_ms)
         passive = self.pair.wait_phase("a", "PASSIVE", since_ms=boot_ms)
         return Outcome(
+            home=_NOT_YET,
             first=first,
             decided_ms=decided.at_ms - dead_ms,
             served_ms=self._served().at_ms - dead_ms,

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from tests.netns import demo
-from tests.netns.demo import CLAIMS, RECORDS, Copied, Outcome, Paper, untrue
+from tests.netns.demo import CLAIMS, RECORDS, Copied, Home, Outcome, Paper, untrue
 from tests.netns.labkit import registry
 from tests.netns.labkit.place import REPOSITORY
 
@@ -82,6 +82,7 @@ def test_the_demo_ends_well_in_time_and_leaves_nothing() -> None:
     assert text.count("no difference") == 2
     assert "writes of the last" in rest
     assert "RETURNED -> PASSIVE" in rest
+    assert "done: the primary serves" in rest
     assert len(labs) == 1
     _assert_nothing_left(process.pid, labs)
 
@@ -102,7 +103,21 @@ def test_ctrl_c_in_the_middle_leaves_nothing(words: str) -> None:
     _assert_nothing_left(process.pid, labs)
 
 
+HOME = Home(
+    code=0,
+    stall_ms=300.0,
+    acknowledged=frozenset(range(2 * RECORDS)),
+    read_back=frozenset(range(3 * RECORDS)),
+    on_both=frozenset(range(3 * RECORDS)),
+    stale=1,
+    failed=0,
+    holder_overlap_ms=0.0,
+    holders=frozenset({"primary"}),
+    differs=(),
+)
+
 GOOD = Outcome(
+    home=HOME,
     first=Copied(entries=1000, size_bytes=40_000_000, took_ms=500, differs=()),
     decided_ms=900,
     served_ms=901,
@@ -147,6 +162,20 @@ SPOILT = (
     replace(GOOD, returned_by=("WAITING", "ACTIVE")),
     replace(GOOD, touched=("held it",)),
     replace(GOOD, open_ports=(2049,)),
+    *(
+        replace(GOOD, home=replace(HOME, **spoilt))
+        for spoilt in (
+            {"code": 4},
+            {"acknowledged": frozenset(range(RECORDS))},
+            {"read_back": HOME.read_back - {0}},
+            {"on_both": HOME.on_both - {0}},
+            {"stale": 2},
+            {"failed": 1},
+            {"holder_overlap_ms": 0.1},
+            {"holders": frozenset({"standby"})},
+            {"differs": ("a size",)},
+        )
+    ),
 )
 
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from nfsha.core.model import Epoch, Role
+from nfsha.replica import filling
 from nfsha.replica.arguments import Course, From, folder_list
 from nfsha.replica.exits import Ending, Verdict
 from nfsha.replica.progress import Progress, Stage
@@ -193,6 +195,60 @@ def connections(pair: Pair) -> int:
     return (pair.daemon.folder / "log").read_text().count("rsync on v-")
 
 
+@pytest.mark.parametrize("folders", [None, (b".", b"a")])
+def test_what_was_planned_is_asked_for_by_name(
+    pair: Pair, folders: tuple[bytes, ...] | None
+) -> None:
+    for number in range(2000):
+        write(pair.source / "a" / f"{number}")
+    pair.first()
+    calm = pair.any_pass(folders=folders).wire_bytes
+    write(pair.source / "a" / "7", "other")
+    write(pair.source / "a" / "new" / "deep" / "file")
+    pair.source.chmod(0o750)
+    outcome = pair.any_pass(folders=folders)
+    assert (outcome.verdict, outcome.transferred_files) == (Verdict.COMPLETE, 1 + (not folders))
+    assert outcome.wire_bytes < calm * 1.1
+    assert pair.full().verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
+@pytest.mark.parametrize("folders", [None, (b".", b"a")])
+def test_what_has_another_name_since_the_plan_is_copied_all_the_same(
+    pair: Pair, folders: tuple[bytes, ...] | None
+) -> None:
+    """It may have been changed before the pass began: then its content has to come with it."""
+    write(pair.source / "a" / "old", "before")
+    pair.first()
+    write(pair.source / "a" / "old", "changed")
+    write(pair.source / "keep")
+
+    def rename(news: Progress) -> None:
+        if news.stage is Stage.COPY and (pair.source / "a" / "old").exists():
+            (pair.source / "a" / "old").rename(pair.source / "a" / "new")
+
+    assert pair.any_pass(folders=folders, progress=rename).verdict is Verdict.COMPLETE
+    assert (pair.target / "a" / "new").read_text() == "changed"
+
+
+def test_a_new_link_to_a_file_that_is_not_new(pair: Pair) -> None:
+    """Rsync makes it only when both names are in its list, and the plan names the new one alone."""
+    old = write(pair.source / "a" / "old")
+    write(pair.source / "a" / "other")
+    pair.first()
+    (pair.source / "a" / "new").hardlink_to(old)
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+    write(old, "changed")
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+    (pair.target / "a" / "new").unlink()
+    shutil.copy2(pair.target / "a" / "old", pair.target / "a" / "new")
+    write(pair.source / "a" / "other", "changed")
+    assert pair.listed(b"a").verdict is Verdict.COMPLETE
+    assert pair.differences() == []
+
+
 def test_counts_are_those_of_the_trees(pair: Pair) -> None:
     for number in range(20):
         write(pair.source / "a" / f"{number}", "x" * 100)
@@ -227,6 +283,77 @@ def test_progress_knows_the_total_of_the_plan_and_an_eta(pair: Pair) -> None:
     assert seen[0].stage is Stage.PLAN
     assert seen[-1].stage is Stage.CHECK
     assert sorted(each.bytes for each in copying) == [each.bytes for each in copying]
+
+
+def test_a_first_copy_tells_how_the_filesystem_fills_and_writes_it_out_meanwhile(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[float] = []
+    monkeypatch.setattr(filling, "SYNC_FROM_BYTES", 1)
+    monkeypatch.setattr(filling, "sync_filesystem", lambda _: synced.append(time.monotonic()))
+    (pair.source / "large").write_bytes(os.urandom(3 << 20))
+    seen: list[Progress] = []
+    outcome = pair.full(
+        limits=limits(target_empty=True),
+        expected_bytes=3 << 20,
+        bandwidth_kib_s=1500,
+        progress=seen.append,
+    )
+    assert outcome.verdict is Verdict.COMPLETE, outcome
+    copying = [each for each in seen if each.stage is Stage.COPY]
+    assert any(each.eta_s and each.rate_bytes_s and 0 < (each.percent or 0) < 100
+               for each in copying)  # fmt: skip
+    assert copying[-1].bytes >= 3 << 20
+    assert synced[-1] - synced[0] > 0.5  # of 2 s that it takes
+    assert pair.differences() == []
+
+
+def test_a_first_copy_that_was_cut_goes_on_where_it_was(pair: Pair) -> None:
+    (pair.source / "large").write_bytes(os.urandom(3 << 20))
+
+    far_enough = asyncio.Event()
+
+    def look(news: Progress) -> None:
+        if news.bytes > 1 << 20:
+            far_enough.set()
+
+    async def cut(one: Pull) -> None:
+        await far_enough.wait()
+        await one.end()
+
+    outcome = pair.full(
+        limits=limits(target_empty=True), bandwidth_kib_s=1000, progress=look, meanwhile=cut
+    )
+    assert outcome.verdict is Verdict.KILLED, outcome
+    assert 0 < (pair.target / "large").stat().st_size < 3 << 20
+    assert pair.full().wire_bytes < 11 << 18  # of 12
+    assert pair.differences() == []
+
+
+def test_an_empty_replica_never_shows_what_is_half_received(pair: Pair) -> None:
+    """A volume without files is a replica too: it may be served in the middle of a pass."""
+    (pair.source / "large").write_bytes(os.urandom(1 << 20))
+    seen: set[str] = set()
+    begun = asyncio.Event()
+
+    def told(news: Progress) -> None:
+        if news.bytes > 100_000:
+            begun.set()
+
+    async def look(one: Pull) -> None:
+        await begun.wait()
+        seen.update(path.name for path in pair.target.iterdir())
+        await one.end()
+
+    outcome = pair.full(
+        limits=limits(target_empty=True), is_replica=True, bandwidth_kib_s=200,
+        meanwhile=look, progress=told,
+    )  # fmt: skip
+    assert outcome.verdict is Verdict.KILLED, outcome
+    seen.update(path.name for path in pair.target.iterdir())
+    assert seen <= {".nfsha-incoming", ".nfsha-partial"}, seen
+    assert pair.full().verdict is Verdict.COMPLETE
+    assert pair.differences() == []
 
 
 def test_another_bandwidth_takes_hold_while_it_copies(pair: Pair) -> None:
@@ -638,6 +765,7 @@ def test_partial_files_that_nothing_needs_are_deleted_and_are_in_no_plan(pair: P
     write(pair.source / "keep")
     write(pair.source / ".nfsha-partial" / "of the source")
     pair.first()
+    assert not (pair.target / ".nfsha-partial").exists()
     for folder in (".", "a", "b"):
         write(pair.target / folder / ".nfsha-partial" / "old")
     (pair.source / "b" / "file").unlink()

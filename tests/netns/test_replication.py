@@ -101,7 +101,8 @@ def test_an_unmounted_target_gets_nothing_and_nothing_lands_beneath(copies: Copi
     (copies.here("a") / "later").write_text("later")
     time.sleep(3)
     assert list(copies.here("b").iterdir()) == []
-    assert copies.lab.b.status()["replication"]["whole"] is False
+    # It is noticed with the next look at the volumes, at most five seconds after the last one.
+    copies.wait(lambda: copies.lab.b.status()["replication"]["whole"] is False, "word of it")
 
 
 def test_an_unmounted_source_is_not_taken_for_an_empty_one(copies: Copies) -> None:

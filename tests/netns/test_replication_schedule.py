@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nfsha.replica import marks
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
 
 pytestmark = pytest.mark.timeout(90)
 
 HOUR_MS = 3_600_000
+HOUR_NS = HOUR_MS * 1_000_000
 
 
 def test_each_volume_has_its_own_interval_and_its_own_window_at_a_takeover(
@@ -103,3 +108,40 @@ def test_a_pass_that_outlasts_its_interval_is_not_made_up_for(
     long = [gap for gap in gaps_s if gap > 3]
     assert len(long) == 1, gaps_s
     assert all(gap > 0.7 for gap in gaps_s), gaps_s
+
+
+def test_a_restart_of_the_daemon_does_not_put_off_full_walks_and_verifies(lab: Lab) -> None:
+    copies = Copies(lab, sync=SYNC + 'full_every = "1h"\nverify_every = "1d"\n')
+    copies.settle_whole()
+    copies.sync("--verify")
+    verified_ns = copies.copy()["verify"]["last_ns"]
+    copies.daemon("b").stop(5.0)
+    # As if it had been down for two hours: the walk is late by one, the verify by nothing.
+    walks = next((lab.folder / "b" / "lib" / "marks").glob("walked-*"))
+    known = json.loads(walks.read_bytes())["payload"]
+    assert known["verify_ns"] == verified_ns
+    _write_walks(walks, {**known, "full_ns": known["full_ns"] - 2 * HOUR_NS})
+    late = "a full walk: the schedule's full walk"
+    assert late not in copies.log("b")
+    began_ms = copies.now_ms()
+    copies.start("b")
+    copies.wait_phase("b", "PASSIVE", since_ms=began_ms)
+    copies.wait(
+        lambda: json.loads(walks.read_bytes())["payload"]["full_ns"] > known["full_ns"],
+        "the walk that is late",
+    )
+    assert copies.log("b").count(late) == 1
+    now = json.loads(walks.read_bytes())["payload"]
+    assert now["verify_ns"] == verified_ns
+    copies.daemon("b").stop(5.0)
+    _write_walks(walks, {**now, "verify_ns": verified_ns - 48 * HOUR_NS})
+    copies.start("b")
+    copies.wait(
+        lambda: json.loads(walks.read_bytes())["payload"]["verify_ns"] > verified_ns,
+        "the verify that is late",
+    )
+
+
+def _write_walks(file: Path, payload: dict[str, Any]) -> None:
+    """As the daemon writes it, which is stopped."""
+    file.write_bytes(marks._encode(payload))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nfsha.cli.exits import Exit
 from tests.netns.treewalk import acl, differences
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +101,13 @@ def test_each_concession_is_explained() -> None:
 def test_a_restart_fits_into_the_lease_and_a_crash_loop_ends() -> None:
     found = settings(UNIT)
     assert found["Type"] == ["notify"]
-    assert found["Restart"] == ["always"]
+    assert found["Restart"] == ["on-abnormal"]
+    # After every end but that for an error in the configuration: clean ones, Python's own, signals
+    # that systemd takes for clean (systemd.service(5)).
+    forced = set(found["RestartForceExitStatus"][0].split())
+    ends = {str(int(code)) for code in (Exit.DONE, Exit.CANNOT, Exit.INTERRUPTED)}
+    assert forced == ends | {"120", "SIGHUP", "SIGINT", "SIGPIPE", "SIGTERM"}
+    assert str(int(Exit.USAGE)) not in forced
     lease_s = 2.0
     restart_s = seconds(found["RestartSec"][0])
     assert restart_s <= lease_s / 10  # the rest is for three starts of Python

@@ -701,7 +701,7 @@ KINDS = (
     Kind("confirm-down", 4, _confirm_down),
     Kind("handover", 30, _handover),
 )
-"""All kinds; a run of at least 200 seeds in which one never struck fails."""
+"""All kinds; a run of at least 1,000 seeds in which one never struck fails."""
 
 MUST_FIRE = frozenset({kind.name for kind in KINDS}) | {
     "broker-restored",

@@ -32,7 +32,7 @@ MAY_WAIT_ROWS = frozenset({"I90", "W91", "W97", "R91", "R92", "R93"})
 """Where both may wait for the operator when a journal was lost, or an operator erred before: one
 has older data, or knows from a record or a stamp of a newer epoch, and the other one's journal does
 not know what it was."""
-LEAST_SEEDS_FOR_ALL_FAULTS = 200
+LEAST_SEEDS_FOR_ALL_FAULTS = 1000
 
 WITHOUT_LEASE_MS = {DEFAULT.hold_ms: 3100, FAST.hold_ms: 2800}
 """`takeover_after` where the firewall has no lease: hold + margin + 2.4 s, rounded up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tests.sim.runner import run_many, run_seed
 
 SEEDS = 2000
 WITHIN_S = 300
+"""On two cores that have nothing else to do; so twice as much of their time."""
+
 RANGES = 10**6
 ROOT = Path(__file__).parents[2]
 
@@ -32,9 +35,16 @@ def first_seed(revision: str) -> int:
     return int(hashlib.sha256(revision.encode()).hexdigest(), 16) % RANGES * SEEDS
 
 
+def _cpu_s() -> float:
+    """What this process and its workers, as far as they have ended, took of the processors."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 @pytest.mark.timeout(WITHIN_S + 120)
 def test_no_seed_breaks_an_invariant_and_every_fault_fires() -> None:
     first = first_seed(_revision())
+    before_s = _cpu_s()
     summary = run_many(range(first, first + SEEDS))
     print(summary.text())
     told = "\n\n".join(one.trace for one in summary.failures[:2])
@@ -43,7 +53,7 @@ def test_no_seed_breaks_an_invariant_and_every_fault_fires() -> None:
     assert summary.never_fired() == []
     assert summary.seeds == SEEDS
     assert summary.takeovers > SEEDS // 4
-    assert summary.seconds <= WITHIN_S, summary.text()
+    assert _cpu_s() - before_s <= 2 * WITHIN_S, summary.text()
 
 
 def test_a_seed_repeats_itself() -> None:

@@ -199,10 +199,9 @@ def test_the_options_take_what_there_is_and_refuse_the_rest(
 def test_the_exit_code_says_whether_a_bar_was_missed(
     good: Findings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("bench.replication.require_root", lambda: None)
-    monkeypatch.setattr("bench.replication._require_space", lambda: None)
-    monkeypatch.setattr("bench.replication.registry.sweep", list)
-    monkeypatch.setattr("bench.replication.signal.signal", lambda *_: None)
+    monkeypatch.setattr("bench.ending.require_root", lambda: None)
+    monkeypatch.setattr("bench.ending.registry.sweep", list)
+    monkeypatch.setattr("bench.ending.signal.signal", lambda *_: None)
     monkeypatch.setattr("bench.replication._facts", dict)
     monkeypatch.setattr(replication.Bench, "run", lambda self: setattr(self, "findings", good))
     assert replication.main(["--out", str(tmp_path)]) == 0

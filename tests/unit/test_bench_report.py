@@ -224,9 +224,9 @@ def test_a_missed_bar_is_the_exit_code_and_the_results_are_written_all_the_same(
         good.failures += [Failure("nfsha", "kill", 1, "the trial said nothing")] * failures
         bench.findings = good
 
-    monkeypatch.setattr(failover, "require_root", lambda: None)
-    monkeypatch.setattr("bench.failover.registry.sweep", list)
-    monkeypatch.setattr("bench.failover.signal.signal", lambda *_: None)
+    monkeypatch.setattr("bench.ending.require_root", lambda: None)
+    monkeypatch.setattr("bench.ending.registry.sweep", list)
+    monkeypatch.setattr("bench.ending.signal.signal", lambda *_: None)
     monkeypatch.setattr("bench.failover.machine.facts", dict)
     monkeypatch.setattr(failover.Bench, "run", measured)
     assert failover.main(["--out", str(tmp_path)]) == code

@@ -195,6 +195,11 @@ def test_colour_changes_no_word_and_marks_trouble() -> None:
         (lonely("here"), "mount it at only-here there"),
         (lonely("there"), "mount it at only-there here"),
         (volume() | {"paired": "unpaired-there"}, "here: `nfsha volumes pair data`"),
+        (
+            volume(state="off") | {"here": place(refused=".nfsha-volume holds garbage")},
+            "mend what keeps data from being a volume",
+        ),
+        (volume() | {"uuid": None, "here": place(refused="tmpfs loses its content")}, ""),
     ],
 )
 def test_what_to_do_about_a_volume(one: Facts, step: str) -> None:

@@ -164,6 +164,8 @@ timeout = "2m"
 [takeover]
 start_alone_after = "10m"
 accept = ["single-link-witness"]
+[handover]
+max_stall = "3s"
 [scheduling]
 realtime = false
 lock_memory = false
@@ -218,6 +220,7 @@ key = "/c"
         sync=SYNC,
         hooks=config.Hooks(Path("/etc/nfsha/mount"), Path("/etc/nfsha/unmount"), 120_000),
         takeover=config.Takeover(600_000, ("single-link-witness",)),
+        handover=config.Handover(max_stall_ms=3000),
         scheduling=config.Scheduling(realtime=False, lock_memory=False),
         log=config.Log("debug"),
         paths=config.Paths(Path("/a"), Path("/b"), Path("/c")),
@@ -596,6 +599,11 @@ def test_a_single_link_wants_its_risk_accepted() -> None:
         (
             '[sync]\nquarantine_drop = true\nquarantine_max_size = "9GB"',
             "files that exist nowhere else are deleted",
+        ),
+        (
+            'replication = "off"\n[nfs]\nmounts = ["/nfs/a"]\n[hooks]\nmount = "/a"\n'
+            'unmount = "/b"\ntimeout = "2m"',
+            'hooks.timeout is "2m": a stop of the daemon waits so long',
         ),
     ],
 )

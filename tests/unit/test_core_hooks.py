@@ -27,18 +27,23 @@ Hook = model.MountVolumes | model.UnmountVolumes
 class HookedNode(Node):
     """A node whose hooks wait for the test, or do at once what `replies` says."""
 
-    def __init__(self, role: Role, journal: Journal | None) -> None:
-        config = CoreConfig(role, boot_id="boot", hook_timeout_ms=TIMEOUT_MS)
+    def __init__(
+        self, role: Role, journal: Journal | None, hook_timeout_ms: int = TIMEOUT_MS
+    ) -> None:
+        config = CoreConfig(role, boot_id="boot", hook_timeout_ms=hook_timeout_ms)
         super().__init__(config, journal)
         self.hooks: list[str] = []
         self.order: list[str] = []
         """Every action but heartbeats and questions, by name."""
         self.slow = False
+        self.slow_address = False
         self.mount_fails = ""
         self.unmount_fails = ""
 
     def _result(self, action: model.Action, now_ms: int) -> model.Result | None:
         self.order.append(type(action).__name__)
+        if isinstance(action, model.RemoveAddress) and self.slow_address:
+            return None
         if not isinstance(action, Hook):
             return super()._result(action, now_ms)
         self.hooks.append("mount" if isinstance(action, model.MountVolumes) else "unmount")
@@ -196,6 +201,19 @@ def test_the_volumes_are_given_up_only_once_the_address_is_gone() -> None:
     assert before(pair.primary, "RemoveAddress", "UnmountVolumes")
 
 
+def test_an_address_that_is_slow_to_go_keeps_the_volumes_mounted() -> None:
+    pair = settled()
+    pair.primary.slow_address = True
+    pair.primary.inbox.append(model.FitChanged(ok=False, reason="nfs: refused"))
+    pair.run(1000)
+    assert phase_of(pair.primary) is Phase.FAULT
+    assert pair.primary.hooks == ["unmount", "mount"]
+    number = pair.primary.state.flights["address"].number
+    pair.primary.inbox.append(model.Completed(number, model.AddressChanged(held=False)))
+    pair.run(50)
+    assert pair.primary.hooks == ["unmount", "mount", "unmount"]
+
+
 def test_a_stop_waits_for_the_unmount_hook() -> None:
     pair = settled()
     pair.primary.slow = True
@@ -267,6 +285,21 @@ def test_a_missing_answer_about_the_address_does_not_cut_a_mount_short() -> None
     assert pair.standby.hooks == ["unmount", "mount"]
 
 
+def test_a_mount_may_take_as_long_as_the_configuration_says() -> None:
+    pair = booted()
+    pair.standby = HookedNode(Role.STANDBY, Journal(EPOCH), hook_timeout_ms=90_000)
+    pair.run(4000)
+    pair.primary.on = False
+    pair.standby.slow = True
+    pair.run(75_000)
+    assert phase_of(pair.standby) is Phase.TAKEOVER
+    assert pair.standby.state.mounting
+    pair.standby.end_hook()
+    pair.run(500)
+    assert phase_of(pair.standby) is Phase.ACTIVE
+    assert pair.standby.hooks == ["unmount", "mount"]
+
+
 # --------------------------------------------------------------------------- failures
 
 
@@ -291,7 +324,10 @@ def test_a_takeover_whose_mount_never_works_leaves_the_epoch_to_the_other_node()
     pair = settled()
     pair.standby.mount_fails = "no"
     pair.primary.on = False
-    pair.run(63_000)
+    pair.run(60_000)
+    tries = pair.standby.hooks.count("mount")
+    pair.run(5000)
+    assert pair.standby.hooks.count("mount") >= tries + 3, "a new takeover begins to try anew"
     assert pair.standby.state.epoch == EPOCH
     pair.primary = HookedNode(Role.PRIMARY, Journal(EPOCH))
     pair.primary.engine.state.session = 99

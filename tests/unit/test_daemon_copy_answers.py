@@ -6,7 +6,14 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -59,9 +66,13 @@ class Many:
         self.failing: list[str] = []
         self.stores: dict[str, Path] = {}
         self.inventory = SimpleNamespace(here=[], by_name=lambda _: None)
+        self.looked = asyncio.Event()
+        self.one_pass: Callable[[Facts], Coroutine[None, None, bool]] = self._pass
 
     def facts(self) -> Facts:
-        return {"volumes": list(self.listed), "replication": {"mode": "target", "why": ""}}
+        self.looked.set()
+        now = [one | {"sync": one["sync"].copy()} for one in self.listed]
+        return {"volumes": now, "replication": {"mode": "target", "why": ""}}
 
     def alarms(self) -> dict[str, str]:
         return {
@@ -74,11 +85,13 @@ class Many:
         return [one["uuid"] for one in self.listed]
 
     async def sync(self, _name: str | None, *, wait: bool, **_more: object) -> list[Any]:
-        return [asyncio.ensure_future(self._pass(one)) for one in self.listed] if wait else []
+        self.looked.clear()
+        return [asyncio.ensure_future(self.one_pass(one)) for one in self.listed] if wait else []
 
     async def _pass(self, one: Facts) -> bool:
         one["sync"]["state"] = "running"
-        await asyncio.sleep(copy_answers.SHOW_EVERY_S * 1.5 if one["name"].endswith("7") else 0)
+        if one["name"].endswith("7"):
+            await self.looked.wait()
         one["sync"]["state"] = "idle"
         return True
 
@@ -195,6 +208,29 @@ def test_waiting_for_many_passes_tells_each_change_and_all_at_the_end(
     assert lines[-1]["volumes"] == many.listed
     told = sum(one["name"] == "department-0001" for line in lines[:-1] for one in line["volumes"])
     assert told == 2, "once as the first look found it, and once at the end"
+
+
+@pytest.mark.parametrize(("state", "code"), [("idle", 0), ("failed", 5)])
+def test_a_pass_is_judged_by_its_own_end(
+    many: Many, sock: Path, capsys: Said, state: str, code: int
+) -> None:
+    quick, busy, slow = many.listed = [volume(number) for number in (1, 2, 7)]
+
+    async def pass_and_next(one: Facts) -> bool:
+        if one is slow:
+            await asyncio.sleep(copy_answers.SHOW_EVERY_S)
+            quick["sync"]["state"] = "running"  # the schedule's next one, that nobody waits for
+        elif one is quick:
+            quick["sync"]["state"] = state
+        else:
+            # Somebody else asked too: his pass begins as this one ends, and ends the same.
+            busy["sync"]["state"] = "running"
+            asyncio.get_running_loop().call_later(0.2, busy["sync"].__setitem__, "state", "idle")
+        return True
+
+    many.one_pass = pass_and_next
+    assert main(["sync", "--wait", "--socket", str(sock)]) == code
+    assert ("department-0001: up to date" in capsys.readouterr().err) == (code != 0)
 
 
 def test_passes_that_were_asked_for_are_counted(many: Many, sock: Path, capsys: Said) -> None:

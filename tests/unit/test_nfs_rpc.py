@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nfsha.nfs.rpc import (
     NFS_PROGRAM,
     Answered,
+    Call,
     Closed,
     Denied,
     Garbage,
@@ -26,7 +27,8 @@ from nfsha.nfs.rpc import (
     TimedOut,
     Unreachable,
     decode_reply,
-    encode_null_call,
+    encode_call,
+    encode_record,
 )
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -111,7 +113,7 @@ def ask_of(talk: Talk, *, timeout_ms: int = 5000) -> RpcResult:
 
 def test_the_call_is_what_the_standard_says() -> None:
     assert (
-        encode_null_call(0x01020304, 100003, 3).hex()
+        encode_record(encode_call(0x01020304, Call(100003, 3))).hex()
         == (
             "80000028"  # last fragment, 40 bytes
             "01020304" + "00000000" + "00000002"  # xid, CALL, RPC version 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import struct
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,60 @@ def test_mount_points_are_read_with_their_escapes() -> None:
         b"torn\n"
     )
     assert parse_mount_points(table) == {b"/", b"/nfs/web data\t\\\n", "/nfs/café".encode()}
+
+
+async def _says_to_version4(*tail: int) -> Health:
+    """The verdict of two rounds on a server that answers v3, and this to v4 (RFC 5531, 9)."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                call = struct.unpack(">11I", await reader.readexactly(44))
+                said = (0,) if call[5] == 3 else tail
+                body = struct.pack(f">{5 + len(said)}I", call[1], 1, 0, 0, 0, *said)
+                writer.write(struct.pack(">I", 1 << 31 | len(body)) + body)
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    health = ServiceHealth(Service("127.0.0.1", port, None), clock_ms=lambda: 0)
+    await health.check()
+    verdict = await health.check()
+    health.close()
+    listening.close()
+    await asyncio.sleep(0.01)
+    return Health(verdict.ok, tuple(sign.partition(f":{port}")[2] for sign in verdict.signs))
+
+
+@pytest.mark.parametrize(
+    ("tail", "health"),
+    [
+        ((2, 3, 3), Health(ok=True)),
+        ((2, 2, 3), Health(ok=True)),
+        ((2, 3, 4), Health(False, (": version not supported (the server has 3 to 4)",))),
+        ((5,), Health(False, (": the server says: system error",))),
+        ((0,), Health(False, (" speaks v4, switch it off",))),
+    ],
+)
+def test_a_server_is_fit_only_if_its_own_words_prove_that_v4_is_off(
+    tail: tuple[int, ...], health: Health
+) -> None:
+    assert asyncio.run(_says_to_version4(*tail)) == health
+
+
+def test_mounts_are_looked_at_only_while_they_are_wanted() -> None:
+    async def main() -> list[tuple[str, ...]]:
+        wanted = False
+        service = Service("127.0.0.1", nfs_port=1, mountd_port=None, mounts=(Path("/nowhere"),))
+        health = ServiceHealth(service, clock_ms=lambda: 0, wants_mounts=lambda: wanted)
+        signs = []
+        for wanted in (False, False, True, True):  # noqa: B007 - by the closure
+            signs.append((await health.check()).signs)
+        health.close()
+        return signs
+
+    refused, gone = "NFS v3 at 127.0.0.1:1: connection refused", "nothing is mounted at /nowhere"
+    assert asyncio.run(main()) == [(), (refused,), (refused, gone), (refused, gone)]
 
 
 def test_a_missing_mount_and_a_refused_port_are_said_in_words() -> None:

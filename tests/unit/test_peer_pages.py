@@ -87,9 +87,9 @@ def test_every_page_comes_back_as_it_was(page: Page) -> None:
     assert standby.open_page(sealed) == page
 
 
-def test_the_bytes_of_a_page_of_version_2_stay_what_they_are() -> None:
+def test_the_bytes_of_a_page_of_version_3_stay_what_they_are() -> None:
     assert primary.seal_page(LAST).hex() == (
-        "6e667368" "02" "10" "630dcd29"  # magic, version, kind and role, key hint
+        "6e667368" "03" "10" "630dcd29"  # magic, version, kind and role, key hint
         "0123456789abcdef" "fedcba9876543210" "0000000000000007"  # sessions, counter
         "00000000000000000000000000000000" "000102030405060708090a0b0c0d0e0f"  # have, digest
         "0002" "0001" "6c617374"  # pages, number, chunk
@@ -105,7 +105,7 @@ def test_neither_kind_is_taken_for_the_other() -> None:
     """A node that knows no pages refuses them too: its `open` is the same as this one."""
     with pytest.raises(Malformed, match="unknown role 16"):
         standby.open(primary.seal_page(LAST))
-    heartbeat = bytes.fromhex("6e6673680200630dcd29") + bytes(74)
+    heartbeat = bytes.fromhex("6e6673680300630dcd29") + bytes(74)
     heartbeat += hmac.new(OURS.secret, heartbeat, hashlib.sha256).digest()
     assert page_kind(heartbeat) is None
     with pytest.raises(Malformed, match="unknown role"):

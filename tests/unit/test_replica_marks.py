@@ -125,9 +125,9 @@ def test_taints_survive_a_restart_with_their_reason(store: MarkStore) -> None:
 
 def test_a_pass_writes_one_small_file_whatever_the_number_of_volumes(store: MarkStore) -> None:
     for number in range(500):
-        store.put_own(mark(str(uuid.UUID(int=number))))
+        store.put_own(mark(str(uuid.UUID(int=number)), walk="folders"))
     before = {path.name: path.stat().st_mtime_ns for path in store.path.iterdir()}
-    store.put_own(mark(FIRST, files=0))
+    store.put_own(mark(FIRST, files=0, walk="folders"))
     after = {path.name: path.stat().st_mtime_ns for path in store.path.iterdir()}
     changed = [name for name in after if after[name] != before.get(name)]
     assert changed == [f"own-{FIRST}"]
@@ -172,6 +172,56 @@ def test_there_is_an_end_to_the_number_of_marks(
     assert sorted(path.name for path in store.path.glob("own-*")) == [
         f"own-{name}" for name in names[2:]
     ]
+
+
+# --- walks ---------------------------------------------------------------------------------------
+
+
+def ages(store: MarkStore, uuid: str = FIRST) -> tuple[int | None, int | None]:
+    return store.since_ms(uuid, "full", NOW_NS), store.since_ms(uuid, "verify", NOW_NS)
+
+
+def test_the_last_full_walk_and_the_last_verify_outlive_the_daemon(store: MarkStore) -> None:
+    assert ages(store) == (None, None)
+    store.put_own(mark(started_ns=NOW_NS - 9_000_000_000))
+    assert ages(store) == (9000, 9000), "what was just copied counts as verified"
+    store.put_own(mark(started_ns=NOW_NS - 8_000_000_000, walk="folders"))
+    assert ages(store) == (9000, 9000)
+    store.put_own(mark(started_ns=NOW_NS - 7_000_000_000))
+    store.note_verify(FIRST, NOW_NS - 3_000_000_000)
+    store.note_verify(SECOND, NOW_NS)
+    assert ages(store) == (7000, 3000)
+    assert ages(store, SECOND) == (None, None)
+    store, reports = again(store)
+    assert (ages(store), reports) == ((7000, 3000), ())
+    assert store.since_ms(FIRST, "full", 0) == 0, "a clock that was set back"
+
+
+def test_walks_go_with_their_mark(store: MarkStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for volume in (FIRST, SECOND):
+        store.put_own(mark(volume))
+    store.forget_all_but([SECOND])
+    assert ages(store) == (None, None)
+    assert not (store.path / f"walked-{FIRST}").exists()
+    monkeypatch.setattr(marks_module, "MAX_MARKS", 1)
+    store.put_own(mark(FIRST, started_ns=NOW_NS))
+    assert ages(store, SECOND) == (None, None)
+    assert sorted(one.name for one in store.path.glob("walked-*")) == [f"walked-{FIRST}"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"{", b"\0" * 300, {"volume": FIRST}, {"volume": SECOND, "full_ns": 1, "verify_ns": 1},
+     {"volume": FIRST, "full_ns": -1, "verify_ns": 1}, {"volume": FIRST, "full_ns": True,
+     "verify_ns": 1}, {"volume": FIRST, "full_ns": 1, "verify_ns": 1, "more": 1}],
+)  # fmt: skip
+def test_walks_that_cannot_be_read_are_none(store: MarkStore, garbage: bytes | dict) -> None:  # type: ignore[type-arg]
+    store.put_own(mark())
+    data = garbage if isinstance(garbage, bytes) else marks_module._encode(garbage)
+    (store.path / f"walked-{FIRST}").write_bytes(data)
+    store, reports = again(store)
+    assert ages(store) == (None, None)
+    assert (len(reports), store.own, store.tainted) == (1, {FIRST: mark()}, frozenset())
 
 
 # --- damage --------------------------------------------------------------------------------------

@@ -102,6 +102,14 @@ def test_without_a_plan_the_percentage_waits_for_the_whole_list() -> None:
     assert (late.total_bytes, late.eta_s) == (None, None)
 
 
+def test_a_filesystem_that_grows_gives_percentage_rate_and_eta_too() -> None:
+    reader = ProgressReader(Stage.COPY, 10_000, 0)
+    news = reader.grown(2_000, 7, 1_000)
+    assert (news.bytes, news.files, news.percent) == (2_000, 7, 20)
+    assert (news.rate_bytes_s, news.eta_s) == (2_000, 4)
+    assert ProgressReader(Stage.COPY, None, 0).grown(2_000, 7, 1_000).percent is None
+
+
 def test_news_come_five_times_a_second_and_the_numbers_stay_exact() -> None:
     reader = ProgressReader(Stage.COPY, None, 0)
     news = [reader.take(line(at, 1, b" (xfr#%d, to-chk=0/1)" % at), at) for at in range(1, 1001)]

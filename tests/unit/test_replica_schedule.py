@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import selectors
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import apscheduler.schedulers.base
@@ -32,16 +34,50 @@ COMMAND = Reason(Cause.COMMAND)
 SCHEDULED = Reason(Cause.SCHEDULE)
 
 
+class Waitless(selectors.DefaultSelector):
+    """Instead of waiting it sets the loop's clock on: a scenario takes no time, and always as long.
+
+    What runs is still the real loop, with real tasks and timers.
+    """
+
+    now_s = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout != 0:
+            assert timeout is not None, "nothing will ever happen again"
+            self.now_s += timeout
+        return ready
+
+
+class Loop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.waitless = Waitless()
+        super().__init__(self.waitless)
+
+    def time(self) -> float:
+        return self.waitless.now_s
+
+
+def simulated(main: Coroutine[None, None, None]) -> None:
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(main)
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
 class Clock:
     """A wall clock that a test sets; APScheduler and the schedule look at the same one."""
 
     step_s = 0.0
 
     def now(self) -> datetime:
-        return datetime.now(UTC) + timedelta(seconds=self.step_s)
+        return datetime(2026, 1, 1, 12, 1, tzinfo=UTC) + timedelta(seconds=now_s() + self.step_s)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
 
@@ -69,7 +105,7 @@ class Passes:
     async def run(self, uuid: str, reason: Reason) -> None:
         assert self.now[uuid] == 0, "two passes of one volume"
         self.begun.append((uuid, reason))
-        self.at_s.append(time.monotonic())
+        self.at_s.append(now_s())
         self.now[uuid] += 1
         self.most_at_once = max(self.most_at_once, self.now.total())
         try:
@@ -92,7 +128,8 @@ def play(
     *,
     parallel: int = 2,
     takes_s: float = 0.0,
-    wall: Callable[[], datetime] = lambda: datetime.now(UTC),
+    since_ms: Callable[[str, Kind], int | None] = lambda _uuid, _kind: None,
+    wall: Callable[[], datetime] | None = None,
 ) -> None:
     async def run() -> None:
         passes = Passes(takes_s)
@@ -105,7 +142,13 @@ def play(
             if not task.cancelled():
                 failed.append(task.exception())
 
-        schedule = Schedule(passes.run, parallel=parallel, watch=watch, wall=wall)
+        schedule = Schedule(
+            passes.run,
+            parallel=parallel,
+            watch=watch,
+            since_ms=since_ms,
+            wall=wall or Clock().now,
+        )
         schedule.start()
         try:
             await scenario(schedule, passes)
@@ -113,7 +156,7 @@ def play(
             assert await schedule.stop() == ()
         assert not any(failed), failed
 
-    asyncio.run(run())
+    simulated(run())
 
 
 def ask(schedule: Schedule, uuid: str, reason: Reason) -> asyncio.Task[bool]:
@@ -137,7 +180,7 @@ def test_passes_come_each_interval() -> None:
 def test_jitter_delays_each_pass_and_not_the_ones_after_it() -> None:
     async def scenario(schedule: Schedule, passes: Passes) -> None:
         schedule.set("a", Plan(every_ms=100, jitter_ms=80))
-        began_s = time.monotonic()
+        began_s = now_s()
         await asyncio.sleep(1.55)
         assert 12 <= len(passes.begun) <= 15  # 11 if the delays added up
         late_s = [(at_s - began_s) % 0.1 for at_s in passes.at_s]
@@ -148,14 +191,108 @@ def test_jitter_delays_each_pass_and_not_the_ones_after_it() -> None:
 
 def test_slower_kinds_take_the_place_of_the_ordinary_pass() -> None:
     async def scenario(schedule: Schedule, passes: Passes) -> None:
-        plan = Plan(every_ms=100, full_every_ms=1000, full_first_ms=0, verify_every_ms=60_000)
-        schedule.set("a", plan)
+        schedule.set("a", Plan(every_ms=100, full_every_ms=250, verify_every_ms=60_000))
         await asyncio.sleep(0.45)
         kinds = [reason.kind for reason in passes.of("a")]
-        assert kinds == [Kind.FULL, *[Kind.ORDINARY] * (len(kinds) - 1)]
-        assert 3 <= len(kinds) <= 5
+        assert kinds.count(Kind.FULL) == 1
+        assert kinds.index(Kind.FULL) == 2
+        assert 4 <= len(kinds) <= 5
 
     play(scenario)
+
+
+# --------------------------------------------------------------------------- slower kinds
+
+
+class Walks:
+    """When slower passes were completed, as something durable would tell."""
+
+    def __init__(self) -> None:
+        self.at_s: dict[Kind, float] = {}
+
+    def since_ms(self, _uuid: str, kind: Kind) -> int | None:
+        at_s = self.at_s.get(kind)
+        return None if at_s is None else round(1000 * (now_s() - at_s))
+
+    def done(self, kind: Kind, ago_s: float = 0.0) -> None:
+        self.at_s[kind] = now_s() - ago_s
+
+
+def test_a_restart_does_not_put_off_a_slower_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 50)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=3599.7)
+        walks.done(Kind.VERIFY, ago_s=50)
+        plan = Plan(every_ms=7_200_000, full_every_ms=3_600_000, verify_every_ms=3_600_000)
+        schedule.set("a", plan)
+        assert passes.begun == []
+        assert 100 <= (schedule.next_ms("a") or 0) <= 300
+        await asyncio.sleep(0.5)
+        assert passes.of("a") == [Reason(Cause.SCHEDULE, Kind.FULL)]
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_a_slower_pass_that_is_late_comes_soon_after_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 200)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.VERIFY, ago_s=30 * 86_400)
+        schedule.set("a", Plan(every_ms=7_200_000, verify_every_ms=3_600_000))
+        assert 100 <= (schedule.next_ms("a") or 0) <= 200
+        await asyncio.sleep(0.4)
+        assert passes.of("a") == [Reason(Cause.SCHEDULE, Kind.VERIFY)]
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_a_slower_pass_that_came_to_no_end_comes_again_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "LATE_MS", 50)
+    monkeypatch.setattr(module, "AGAIN_LEAST_MS", 100)
+    monkeypatch.setattr(module, "AGAIN_PART", 10_000)
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=86_400)
+        schedule.set("a", Plan(every_ms=7_200_000, full_every_ms=3_600_000))
+        await asyncio.sleep(0.25)
+        assert len(passes.begun) == 1, "refused, and the next one not at once"
+        walks.done(Kind.FULL)  # the next one is completed
+        await asyncio.sleep(0.5)
+        assert len(passes.begun) == 1, "due by the wait, but it came meanwhile"
+        assert 3_590_000 < (schedule.next_ms("a") or 0) <= 3_600_000
+        walks.done(Kind.FULL, ago_s=4000)
+        schedule.trigger("a", Reason(Cause.COMMAND, Kind.FULL))
+        await asyncio.sleep(0.05)
+        assert len(passes.begun) == 2
+        assert 0 < (schedule.next_ms("a") or 0) <= 360
+
+    play(scenario, since_ms=walks.since_ms)
+
+
+def test_the_period_of_a_slower_kind_is_counted_from_the_last_one_whoever_asked_for_it() -> None:
+    walks = Walks()
+
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        walks.done(Kind.FULL, ago_s=1000)
+        schedule.set("a", Plan(every_ms=7_200_000, full_every_ms=3_600_000))
+        assert (schedule.next_ms("a") or 0) <= 2_600_000
+        gate = passes.hold("a")
+        asked = ask(schedule, "a", Reason(Cause.COMMAND, Kind.FULL))
+        await asyncio.sleep(0.01)
+        walks.done(Kind.FULL)
+        gate.set()
+        assert await asked
+        assert (schedule.next_ms("a") or 0) > 3_590_000
+
+    play(scenario, since_ms=walks.since_ms)
 
 
 def test_a_verify_that_is_due_with_an_ordinary_pass_stands_for_both() -> None:
@@ -223,7 +360,35 @@ def test_a_cron_line_fires_by_local_time() -> None:
         assert schedule.next_ms("a") == (6 * 24 + 2) * 3_600_000
         await schedule.stop()
 
-    asyncio.run(run())
+    simulated(run())
+
+
+@pytest.mark.parametrize(
+    ("zone", "hours", "warned"),
+    [
+        (None, 1, False), ("Asia/Tokyo", 9, False), (":Asia/Tokyo", 9, False), ("", 0, False),
+        ("/nowhere/zone", 0, True), ("No/Where", 0, True), ("CET-1CEST", 0, True),
+        ("../../etc/passwd", 0, True), ("/etc/passwd", 0, True), ("/etc", 0, True),
+    ],
+)  # fmt: skip
+def test_the_local_zone_is_found_as_libc_does_and_none_stops_the_daemon(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    zone: str | None,
+    hours: int,
+    warned: bool,
+) -> None:
+    local = tmp_path / "localtime"
+    local.symlink_to("/usr/share/zoneinfo/Europe/Berlin")
+    monkeypatch.setattr(module, "LOCAL_TIME", local)
+    if zone is None:
+        monkeypatch.delenv("TZ", raising=False)
+    else:
+        monkeypatch.setenv("TZ", zone)
+    found = datetime(2026, 1, 1, 12, tzinfo=module.local_zone()).utcoffset()
+    assert found == timedelta(hours=hours)
+    assert bool(caplog.messages) == warned
 
 
 LINES = {
@@ -283,14 +448,11 @@ def test_a_clock_that_is_set_neither_stalls_nor_storms(clock: Clock, step_s: flo
         schedule.set("a", Plan(every_ms=200, full_every_ms=3_600_000))
         await asyncio.sleep(0.5)
         before = len(passes.begun)
-        slowest_s, began_s = 0.0, time.monotonic()
         clock.step_s += step_s
-        while time.monotonic() - began_s < 1.0:
-            at_s = time.monotonic()
-            await asyncio.sleep(0.01)
-            slowest_s = max(slowest_s, time.monotonic() - at_s)
+        began_s = time.thread_time()
+        await asyncio.sleep(1.0)
         assert 3 <= len(passes.begun) - before <= 6
-        assert slowest_s < 0.5  # years of missed passes are not counted one by one
+        assert time.thread_time() - began_s < 0.5  # years of passes are not counted one by one
         assert {reason.kind for _, reason in passes.begun} == {Kind.ORDINARY}
         due_ms = schedule.next_ms("a")
         assert due_ms is not None
@@ -357,8 +519,8 @@ def test_no_more_than_so_many_side_by_side_and_everybody_gets_a_turn() -> None:
     async def scenario(schedule: Schedule, passes: Passes) -> None:
         for number in range(20):
             schedule.set(f"v{number}", Plan(every_ms=30))
-        end_s = time.monotonic() + 1.5
-        while time.monotonic() < end_s:
+        end_s = now_s() + 1.5
+        while now_s() < end_s:
             schedule.trigger("v0", COMMAND)  # one that asks all the time pushes in no more
             await asyncio.sleep(0.005)
         counts = collections.Counter(uuid for uuid, _ in passes.begun)
@@ -504,9 +666,9 @@ def test_the_end_cancels_what_runs_and_what_waits() -> None:
             schedule.set(uuid, Plan(every_ms=20))
         waits = [ask(schedule, uuid, COMMAND) for uuid in "abc"]
         await asyncio.sleep(0.05)
-        began_s = time.monotonic()
+        began_s = now_s()
         assert await schedule.stop() == ()
-        assert time.monotonic() - began_s < 0.5
+        assert now_s() - began_s < 0.5
         assert passes.now.total() == 0
         assert not any(await asyncio.gather(*waits))
         await asyncio.sleep(0.1)
@@ -526,18 +688,18 @@ def test_a_pass_that_does_not_end_is_named_within_a_second() -> None:
                 except asyncio.CancelledError:
                     continue
 
-        schedule = Schedule(stubborn, parallel=1, watch=lambda task: None)
+        schedule = Schedule(stubborn, parallel=1, watch=lambda task: None, wall=Clock().now)
         schedule.start()
         schedule.set("a", SELDOM)
         schedule.trigger("a", COMMAND)
         await asyncio.sleep(0.01)
-        began_s = time.monotonic()
+        began_s = now_s()
         assert await schedule.stop() == ("a",)
-        assert 0.9 < time.monotonic() - began_s < 1.3
+        assert 0.9 < now_s() - began_s < 1.3
         release.set()
         await asyncio.sleep(0.01)
 
-    asyncio.run(run())
+    simulated(run())
 
 
 def test_a_mistake_of_the_program_is_seen_and_gives_the_place_back() -> None:
@@ -551,6 +713,7 @@ def test_a_mistake_of_the_program_is_seen_and_gives_the_place_back() -> None:
             broken,
             parallel=1,
             watch=lambda task: task.add_done_callback(lambda t: seen.append(t.exception())),
+            wall=Clock().now,
         )
         schedule.start()
         for uuid in "ab":
@@ -559,7 +722,7 @@ def test_a_mistake_of_the_program_is_seen_and_gives_the_place_back() -> None:
         assert [repr(each) for each in seen] == ["LookupError('a')", "LookupError('b')"]
         await schedule.stop()
 
-    asyncio.run(run())
+    simulated(run())
 
 
 @pytest.fixture
@@ -593,7 +756,7 @@ def test_it_logs_nothing_and_starts_no_thread(quiet: None) -> None:
         {"every_ms": 100, "jitter_ms": 100},
         {"every_ms": 100, "jitter_ms": -1},
         {"every_ms": 100, "full_every_ms": 0},
-        {"every_ms": 100, "verify_every_ms": 1000, "verify_first_ms": -1},
+        {"every_ms": 100, "jitter_ms": -1},
     ],
 )
 def test_what_is_no_plan_is_refused(wrong: dict[str, int]) -> None:

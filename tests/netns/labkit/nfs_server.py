@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.netns.labkit.holder import Disk
-from tests.netns.labkit.place import LabError, Place, Process
+from tests.netns.labkit.place import REPOSITORY, LabError, Place, Process
 
 NFS_PORT = 2049
 MOUNTD_PORT = 20048
+_CONFIG = "/etc/ganesha/ganesha.conf"
 _START_S = 30.0
 _RPC_TIMEOUT_S = 1.0
 _NFS_PROGRAM = 100003  # RFC 1813
@@ -52,13 +53,19 @@ def make_disks(
     return {node: tuple(made) for node, made in disks.items()}
 
 
-def ganesha_config(mountpoints: list[str], protocols: str) -> str:
-    """A configuration for ganesha 4: fixed ports, TCP, nothing that needs statd."""
-    core = (
-        f"NFS_CORE_PARAM {{ Protocols={protocols}; NFS_Port={NFS_PORT}; MNT_Port={MOUNTD_PORT};"
-        " Enable_NLM=false; Enable_RQUOTA=false; Enable_UDP=false; mount_path_pseudo=true; }\n"
-        "NFSV4 { Graceless=true; }\nLOG { Default_Log_Level=WARN; }\n"
-    )
+def ganesha_config(mountpoints: list[str], protocols: str, *, udp: bool = False) -> str:
+    """A configuration for ganesha 4: what we ship, but for locks, which would need statd."""
+    core = (REPOSITORY / "etc" / "ganesha" / "nfsha.conf").read_text(encoding="utf-8")
+    wanted = {
+        "Protocols = 3;": f"Protocols = {protocols};",
+        "Enable_NLM = true;": "Enable_NLM = false;",
+        "Enable_UDP = false;": f"Enable_UDP = {str(udp).lower()};",
+    }
+    for shipped, here in wanted.items():
+        if core.count(shipped) != 1:
+            raise LabError(f"etc/ganesha/nfsha.conf does not say {shipped!r} once")
+        core = core.replace(shipped, here)
+    core += "NFSV4 { Graceless=true; }\nLOG { Default_Log_Level=WARN; }\n"
     return core + "".join(
         f"EXPORT {{ Export_Id={number}; Path={path}; Pseudo={path}; Access_Type=RW; Squash=none;"
         f" SecType=sys; Protocols={protocols}; FSAL {{ Name=VFS; }} }}\n"
@@ -67,37 +74,35 @@ def ganesha_config(mountpoints: list[str], protocols: str) -> str:
 
 
 class NfsServer:
-    """rpcbind and ganesha in one place."""
+    """rpcbind and ganesha in one place. `udp`: whether it serves UDP too, when it starts next."""
 
     def __init__(self, place: Place, mountpoints: list[str], protocols: str = "3") -> None:
         self.place = place
         self.mountpoints = mountpoints
         self.protocols = protocols
+        self.udp = False
         self.rpcbind: Process | None = None
         self.ganesha: Process | None = None
 
     def start(self, protocols: str | None = None) -> None:
         """Starts both and waits until NFS answers a NULL call (at most 30 s, else LabError)."""
         self.protocols = protocols or self.protocols
+        self.place.path(_CONFIG).write_text(
+            ganesha_config(self.mountpoints, self.protocols, udp=self.udp)
+        )
+        self.start_on_what_is_there()
+
+    def start_on_what_is_there(self) -> None:
+        """The same, on the configuration that stands in the place's /etc/ganesha/ganesha.conf."""
         deadline = time.monotonic() + _START_S
         if self.rpcbind is None or not self.rpcbind.alive:
             self.rpcbind = self.place.spawn(["rpcbind", "-w", "-f", "-s"], name="rpcbind")
             self._await(
                 self.rpcbind, lambda: self.place.path("/run/rpcbind.sock").exists(), deadline
             )
-        config = self.place.folder / "ganesha.conf"
-        config.write_text(ganesha_config(self.mountpoints, self.protocols))
         log = self.place.logs / "ganesha.log"
-        argv: list[str | Path] = [
-            "ganesha.nfsd",
-            "-F",
-            "-f",
-            config,
-            "-L",
-            log,
-            "-p",
-            "/run/ganesha.pid",
-        ]
+        argv: list[str | Path] = ["ganesha.nfsd", "-F", "-f", _CONFIG, "-L", log]
+        argv += ["-p", "/run/ganesha.pid"]
         self.ganesha = self.place.spawn(argv, name="ganesha-output")
         self._await(self.ganesha, self.answers, deadline)
 

@@ -1,0 +1,62 @@
+"""What the source published of itself and of its volumes, as the other node read it.
+
+The form that `nfsha.replica.serving` writes. It fetches nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nfsha.core.model import Epoch
+from nfsha.replica.durable import read_small
+from nfsha.replica.volume_facts import VolumeError, VolumeFacts, epoch_from_json, from_json
+
+MAX_FACTS_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """What the source published: its epoch, since when all is in, and its volumes."""
+
+    epoch: Epoch
+    as_of_ns: int
+    volumes: tuple[VolumeFacts, ...]
+    stamped_ns: Mapping[str, int]
+    """The ctime of each volume's stamp, by identity."""
+
+    def of(self, uuid: str) -> VolumeFacts | None:
+        """The volume of this identity."""
+        return next((one for one in self.volumes if one.identity == uuid), None)
+
+    def used_bytes(self, uuid: str) -> int:
+        """What its filesystem has in use there; 0 for one that is not offered."""
+        there = self.of(uuid)
+        return 0 if there is None else there.used_bytes
+
+
+def read_facts(path: Path) -> SourceFacts:
+    """Reads what the source published. Raises OSError or VolumeError for anything else."""
+    try:
+        document = json.loads(read_small(path, MAX_FACTS_BYTES))
+    except ValueError as error:
+        raise VolumeError(f"the source's facts are no JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
+        raise VolumeError("the source's facts are of another version of nfsha")
+    as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
+    stamped_ns = document.get("stamped_ns")
+    if (
+        not isinstance(as_of_ns, int)
+        or not isinstance(listed, list)
+        or not isinstance(stamped_ns, dict)
+        or not all(isinstance(one, int) for one in stamped_ns.values())
+    ):
+        raise VolumeError("the source's facts are incomplete")
+    return SourceFacts(
+        epoch_from_json(document.get("epoch")),
+        as_of_ns,
+        tuple(from_json(one) for one in listed),
+        stamped_ns,
+    )

@@ -1,0 +1,80 @@
+"""Who may run: a pass that came due while the source was not there is made when it is back."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from nfsha.core.model import Epoch, Role
+from nfsha.replica.copying import Copy
+from nfsha.replica.fetching import Fetching
+from nfsha.replica.schedule import Cause, Kind, Plan, Reason
+
+EPOCH = Epoch(1, "00000000000000aa", Role.PRIMARY)
+
+
+class Passes(Fetching):
+    """Notes the passes instead of making them."""
+
+    def __init__(self) -> None:
+        nothing = cast("Any", SimpleNamespace(bandwidth_kib_s=None, parallel=2))
+        super().__init__(
+            nothing, nothing, nothing, Path("/nowhere"),
+            source=nothing, clocks=nothing, watch=lambda _: None, changed=lambda: None,
+        )  # fmt: skip
+        self.made: list[tuple[str, Kind]] = []
+
+    def know(self, *uuids: str) -> None:
+        for uuid in uuids:
+            self.copies[uuid] = Copy(uuid)
+            self.schedule.set(uuid, Plan(every_ms=3_600_000))
+
+    async def _ordinary_or_full(self, copy: Copy, _epoch: Epoch, reason: Reason) -> None:
+        self.made.append((copy.uuid, reason.kind))
+
+
+async def turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_what_is_late_comes_at_once_when_the_source_is_back_and_nothing_else() -> None:
+    async def scene() -> list[tuple[str, Kind]]:
+        passes = Passes()
+        passes.start()
+        passes.know("late", "not late", "removed")
+        passes.begin(EPOCH)
+        passes.let(start=False)
+        await passes.schedule.make("late", Reason(Cause.SCHEDULE, Kind.FULL))
+        await passes.schedule.make("late", Reason(Cause.SCHEDULE))
+        await passes.schedule.make("removed", Reason(Cause.SCHEDULE))
+        passes.schedule.remove("removed")
+        del passes.copies["removed"]
+        assert passes.made == []
+        for _ in range(2):
+            passes.let(start=True)
+            await turns()
+        await passes.stop()
+        return passes.made
+
+    assert asyncio.run(scene()) == [("late", Kind.FULL)]
+
+
+def test_what_was_late_in_another_epoch_is_forgotten() -> None:
+    async def scene() -> list[tuple[str, Kind]]:
+        passes = Passes()
+        passes.start()
+        passes.know("late")
+        passes.begin(EPOCH)
+        passes.let(start=False)
+        await passes.schedule.make("late", Reason(Cause.SCHEDULE))
+        await passes.end()
+        passes.begin(EPOCH)
+        passes.let(start=True)
+        await turns()
+        await passes.stop()
+        return passes.made
+
+    assert asyncio.run(scene()) == []
