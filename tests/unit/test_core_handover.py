@@ -20,6 +20,7 @@ from nfsha.core.model import (
     Role,
 )
 from nfsha.core.replication import Approach, Fetch, Finish, Offer, Rest, flow
+from nfsha.core.state import Flight
 from tests.unit import situations
 from tests.unit.situations import EPOCH, Node, Pair, given
 
@@ -308,6 +309,30 @@ def test_each_step_has_its_deadline(pair: Callable[[], Pair], after_ms: int, why
     ended = made.primary.state.last_handover
     assert ended is not None
     assert ended.why.startswith(why)
+
+
+def test_a_freeze_for_a_receiver_that_is_silent_ends() -> None:
+    pair = situations.frozen()
+    pair.standby.on = False
+    pair.run(1200)
+    ended = pair.primary.state.last_handover
+    assert ended is not None
+    assert ended.why == "the receiver is not heard any more"
+    assert phase_of(pair.primary) is not Phase.FREEZING
+
+
+def test_a_giver_that_does_not_come_to_rest_is_not_awaited_for_ever() -> None:
+    """Its disk is so slow that PREPARED is never shown."""
+    pair = situations.frozen()
+    pair.primary.unanswered.add(model.Persist)
+    answer(pair.primary, "freeze", model.Frozen(ok=True))
+    pair.run(4900)
+    assert rows(pair) == ("Q91", "Y91")
+    pair.primary.state.flights["persist"] = Flight(10**9, pair.now_ms + 10**6)
+    pair.run(11_000)
+    ended = pair.standby.state.last_handover
+    assert ended is not None
+    assert ended.why == "the giver did not come to rest"
 
 
 def test_a_giver_that_never_freezes_is_not_awaited_for_ever() -> None:
