@@ -659,6 +659,11 @@ _NEXT_BY_ROW: Mapping[str, str] = {
 }
 """What an operator does about a row; rows that need nothing are missing."""
 
+_NEXT_PEER_DEAF = (
+    "the other node is heard, but seems not to hear this one: mend the links; or stop nfsha there: "
+    "then this node serves by its promise"
+)
+
 _HOOK_FAILED = "mend what the hook says (alarms, `nfsha events`); it is run again by itself"
 
 _NEXT_BY_ALARM: Mapping[str, str] = {
@@ -674,6 +679,8 @@ _NEXT_BY_OBSTACLE: Mapping[str, str] = {
     "`nfsha activate --force` here",
     "unknown-to-peer": "start the other node; if it is off for certain: `nfsha activate` here",
     "unfit": "nothing for now: waits for the first answer of the own NFS service",
+    "out-of-touch": "start the other node: it may have taken over while this one was cut off; "
+    "if it is gone for good, and this data is good enough: `nfsha activate` here",
 }
 
 
@@ -708,7 +715,8 @@ def next_step(state: State, now_ms: int) -> str:
     if state.row in ("P93", "Q93"):
         return _NEXT_BY_OBSTACLE.get(lease.takeover_obstacle(state), _NOTHING)
     if state.row in _NEXT_BY_ROW:
-        return _NEXT_BY_ROW[state.row]
+        deaf = state.row == "I90" and lease.peer_heard(state, now_ms)
+        return _NEXT_PEER_DEAF if deaf else _NEXT_BY_ROW[state.row]
     if "peer-silent" in alarms:
         return _next_without_peer(state)
     if "peer-unable" in alarms:

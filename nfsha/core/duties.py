@@ -40,6 +40,7 @@ from nfsha.core.state import SENT_KEPT, State
 PERSIST_RETRY_MS = 1000
 TOKEN_RETRY_MS = 1000
 FENCE_RETRY_MS = 10_000
+FENCE_DELAY_MS = 5000
 RECORD_EVERY_MS = 10_000
 RECEIVERS_RETRY_MS = 1000
 THAW_RETRY_MS = 1000
@@ -53,6 +54,7 @@ def all_duties(state: State, orders: Orders, now_ms: int) -> None:
     if state.exited:
         return
     persist(state, orders, now_ms)
+    touch(state, now_ms)
     withhold(state, now_ms)
     if state.serving and state.phase is not Phase.STARTING:
         renew(state, orders, now_ms)
@@ -81,6 +83,15 @@ def persist(state: State, orders: Orders, now_ms: int) -> None:
         return
     state.writing = state.want
     orders.order(Persist(state.want))
+
+
+def touch(state: State, now_ms: int) -> None:
+    """A giver that hears neither the receiver nor a witness for `hold` may be the one cut off."""
+    hold_ms = state.config.timings.hold_ms
+    if state.prepared is None:
+        state.out_of_touch_ms = None
+    elif now_ms - max(state.heard_ms, state.witness_ms) >= hold_ms or state.turn_gap_ms > hold_ms:
+        state.out_of_touch_ms = now_ms
 
 
 def withhold(state: State, now_ms: int) -> None:
@@ -247,11 +258,18 @@ def prove(state: State, orders: Orders, now_ms: int) -> None:
         and now_ms - state.fence_failed_ms >= FENCE_RETRY_MS
         and not lease.exclusive(state, now_ms)
         and (not config.has_token or now_ms - state.phase_since_ms >= 2 * config.timings.hold_ms)
+        and now_ms - state.phase_since_ms >= _fence_delay_ms(state)
     ):
         orders.order(Fence())
         state.fence_session = state.peer_session
     if config.has_token and state.token_since_ms is not None and state.epoch is not None:
         _publish(state, orders, now_ms)
+
+
+def _fence_delay_ms(state: State) -> int:
+    """When both would fence the other, the giver of a handover goes first: it has all writes."""
+    gave = state.report is not None and state.report.phase in GIVING_PHASES
+    return FENCE_DELAY_MS if gave else 0
 
 
 def _may_take_token(state: State, now_ms: int) -> bool:
@@ -409,12 +427,14 @@ def leave(state: State, orders: Orders, now_ms: int) -> None:
     if not state.stopping:
         return
     late = now_ms >= state.stop_by_ms
+    if _receiver_needs_it(state, now_ms):
+        return
     if state.serving and state.stopping == "restart":
         _leave_serving(state, orders, now_ms, late=late)
         return
     if orders.in_flight("persist") and not late:
         return
-    if _gives_up_volumes(state, now_ms) or _receiver_needs_it(state, now_ms):
+    if _gives_up_volumes(state, now_ms):
         return
     if state.froze and state.phase not in GIVING_PHASES and not late:
         return
@@ -432,10 +452,13 @@ def _gives_up_volumes(state: State, now_ms: int) -> bool:
 
 
 def _receiver_needs_it(state: State, now_ms: int) -> bool:
-    """Who gave its authority away stays for the proof: only it has the last writes."""
+    """Who gives its authority away stays for the proof: only it has the last writes."""
+    if state.phase is Phase.FREEZING:
+        return True  # its limit is near
     if state.phase is not Phase.PREPARED or not handover.receiver_works(state, now_ms):
         return False
-    return now_ms < state.stop_by_ms + state.config.final_limit_ms
+    limit_ms = state.config.freeze_limit_ms + state.config.final_limit_ms
+    return now_ms < state.stop_by_ms + limit_ms
 
 
 def _leave_serving(state: State, orders: Orders, now_ms: int, *, late: bool) -> None:

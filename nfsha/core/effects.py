@@ -43,6 +43,10 @@ def new_epoch(state: State) -> Epoch:
     number = max(handover.highest_number(state), higher.number if higher else 0, theirs) + 1
     if state.want.epoch is not None:
         number = max(number, state.want.epoch.number + 1)
+    if state.report is not None and state.report.phase in (Phase.TAKEOVER, Phase.PREPARED):
+        number += (
+            1  # the peer may have taken the next one unheard: two of a number are two histories
+        )
     seed = f"{state.me}:{state.session}:{number}".encode()
     return Epoch(number, hashlib.sha256(seed).hexdigest()[:16], state.me)
 
@@ -311,12 +315,6 @@ def abort_here(state: State, orders: Orders, now_ms: int) -> None:
     state.handover_off = "the operator ended it"
 
 
-def restart_frozen(state: State, orders: Orders, now_ms: int) -> None:
-    """A planned restart in a freeze: the freeze ends first, and nothing is held any more."""
-    end_freeze(state, orders, now_ms)
-    begin_restart(state, orders, now_ms)
-
-
 def resolve(state: State, orders: Orders, now_ms: int) -> None:
     """Orders a new epoch above both histories; service comes with the peer's echo."""
     state.journal(epoch=new_epoch(state), promise=False, peer_promise=False, prepared=None)
@@ -432,6 +430,8 @@ def _served(state: State, orders: Orders, now_ms: int, reason: str) -> None:
     state.commit_ordered = False
     orders.order(Announce(reason))
     state.announced_ms = now_ms
+    if state.stopping == "restart":
+        restart_serving(state, orders, now_ms)  # asked for while the new epoch was ordered
     if not state.want.active or state.want.boot_id != state.config.boot_id:
         state.journal(active=True, boot_id=state.config.boot_id)
 

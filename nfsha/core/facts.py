@@ -100,6 +100,9 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
     if echo is datagram.echo:
         state.known_to_peer = True
     state.echoed_high = max(state.echoed_high, echo.seq)
+    touch_ms = state.out_of_touch_ms
+    if touch_ms is not None and sent_at_ms(state, echo.seq) > touch_ms:
+        state.out_of_touch_ms = None  # it shows what it is now, not what it was
     if not _sent_before_the_fence(state, datagram, now_ms):
         state.peer_down = ""
     idle = not datagram.serving and datagram.phase in lease.IDLE_PHASES

@@ -650,7 +650,7 @@ def _on_resolve(state: State, command: Command, now_ms: int) -> Guard:
 def _on_stop(state: State, command: Command, now_ms: int) -> Guard:
     if state.stopping:
         return Guard.REPEATED
-    serves = state.serving and state.phase is not Phase.STARTING
+    serves = state.serving and state.phase not in (Phase.STARTING, Phase.FREEZING)
     return Guard.SERVES if serves else Guard.ALLOWED
 
 

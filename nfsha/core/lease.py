@@ -228,7 +228,11 @@ def token_exclusive(state: State, now_ms: int) -> bool:
 
 
 def takeover_obstacle(state: State) -> str:
-    """Which of takeover conditions 2 and 3, or the promise, forbids a takeover; "" when none."""
+    """Which of takeover conditions 2 and 3, or the promise, forbids a takeover; "" when none.
+
+    Who gave its authority away and then was cut off is no replica of what the receiver may have
+    taken over with meanwhile. A token's record tells of that, and who is fenced is off.
+    """
     if state.durable.promise or state.want.promise:
         return "promised"
     if not state.known_to_peer:
@@ -237,6 +241,9 @@ def takeover_obstacle(state: State) -> str:
         return "not-whole"
     if state.fit is not True:
         return "unfit"
+    witness_only = state.config.exclusivity is Exclusivity.WITNESS
+    if witness_only and state.prepared is not None and state.out_of_touch_ms is not None:
+        return "out-of-touch"
     return ""
 
 

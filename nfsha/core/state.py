@@ -208,6 +208,8 @@ class State:
     """A freeze was begun, and its end is not proved yet."""
     stuck_frozen: str = ""
     """Why a freeze cannot be ended."""
+    out_of_touch_ms: int | None = None
+    """Since when a giver in PREPARED cannot know whether the receiver took over and is gone."""
     froze_ms: int = NEVER_MS
     """When the last freeze was begun."""
     thaw_tried_ms: int = NEVER_MS

@@ -442,7 +442,7 @@ _HOOKS = tuple(
 
 _RESTS = (P.WAITING, P.PASSIVE, P.RETURNED, P.ISOLATED, P.FAULT)
 _SERVING = (P.ACTIVE, P.MAINTENANCE)
-_NOT_SERVING = tuple(phase for phase in ALL if phase not in (P.ACTIVE, P.FREEZING))
+_NOT_SERVING = tuple(phase for phase in ALL if phase is not P.ACTIVE)
 _RECEIVING = (P.PRESYNC, P.FINAL_SYNC, P.RESTORING)
 _GIVING = (P.FREEZING, P.PREPARED)
 
@@ -495,15 +495,13 @@ _COMMANDS = (
             "run this on the node whose history is to be kept", (P.DIVERGED,)),
     _refuse("C52", C.RESOLVE, G.NOT_DIVERGED, "there is nothing to resolve: one history only"),
     _accept("C60", _NOT_SERVING, C.STOP, E.begin_stop, None, "a final stop was asked for"),
-    _accept("C62", (*_SERVING, P.FREEZING), C.STOP, E.stop_serving, P.WAITING,
+    _accept("C62", _SERVING, C.STOP, E.stop_serving, P.WAITING,
             "a final stop was asked for: this node releases, and the peer may take over",
             G.SERVES),
     _accept("C70", _NOT_SERVING, C.RESTART, E.begin_restart, None,
             "a planned restart was asked for"),
     _accept("C72", _SERVING, C.RESTART, E.restart_serving, None,
             "a planned restart was asked for: the absence is announced", G.SERVES),
-    _accept("C74", (P.FREEZING,), C.RESTART, E.restart_frozen, P.ISOLATED,
-            "a planned restart was asked for in a freeze: the freeze ends first", G.SERVES),
     _refuse("C77", C.ABORT, G.TOO_LATE,
             "the new epoch is ordered into the journal: there is no way back (move the service "
             "home again when it is done)", (P.RESTORING,)),

@@ -505,6 +505,53 @@ def the_receivers_disk_is_full(only: str | None) -> None:
     world.one_authority()
 
 
+def the_giver_was_cut_off(only: str | None) -> None:
+    """L: A is cut off in PREPARED; B takes over, serves, and dies; then A's paths are well again.
+
+    A heard nothing of that. It must not take over by silence: its data lacks B's writes. In the
+    second act A's daemon stands still instead.
+    """
+    for settings, paused in ((WITNESS, False), (TOKEN, False), (WITNESS, True)):
+        world = HandoverWorld(only, settings)
+        world.b.volumes.finish_takes_us = 3_000 * MS_US
+        world.come_to("FINAL_SYNC")
+        if paused:
+            world.a.stop()
+            world.run_for(0.3)
+        world.cut_off(world.a)
+        world.serves_within(world.b, TAKEN_WITHIN_S, "A is cut off")
+        world.run_for(3)
+        world.b.power_off()
+        world.heal()
+        world.a.go_on()
+        for _ in range(80):
+            world.run_for(0.1)
+            if world.a.accepts():
+                world.checks.fail(LOST, "A serves without what B acknowledged")
+        world.one_authority()
+        expect(world.b.accepts(), "B has the newer data, and serves")
+
+
+def the_receiver_was_cut_off(only: str | None) -> None:
+    """S: B is cut off in FINAL_SYNC; A takes over, serves, and dies; then B's paths are well again.
+
+    B takes over as after any crash. When A returns its epoch must lie below B's: two of one number
+    are two histories, and nobody serves until the operator decides.
+    """
+    world = HandoverWorld(only)
+    world.b.volumes.finish_takes_us = 3_000 * MS_US
+    world.come_to("FINAL_SYNC")
+    world.cut_off(world.b)
+    world.serves_within(world.a, TAKEN_WITHIN_S, "B is cut off")
+    world.run_for(3)
+    world.a.power_off()
+    world.heal()
+    world.serves_within(world.b, TAKEN_WITHIN_S, "A is off")
+    world.run_for(1)
+    world.one_authority()
+    expect(world.b.accepts(), "B serves")
+
+
 def a_thaw_fails_in_the_takeover(only: str | None) -> None:
     """S: B is off, A takes over from PREPARED, and its volumes do not thaw at the first try."""
     world = HandoverWorld(only)
@@ -572,6 +619,8 @@ FURTHER: tuple[Scenario, ...] = (
     Scenario(STAYS_DOWN, the_givers_disk_is_full),
     Scenario(STAYS_DOWN, the_giver_takes_back_with_a_slow_disk),
     Scenario(STAYS_DOWN, the_receivers_disk_is_full),
+    Scenario(LOST, the_giver_was_cut_off),
+    Scenario(STAYS_DOWN, the_receiver_was_cut_off),
     Scenario(STAYS_DOWN, a_thaw_fails_in_the_takeover),
     Scenario(LOST, the_giver_is_stopped_in_prepared),
     Scenario("freeze", it_goes_back_before_the_thaw),

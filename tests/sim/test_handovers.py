@@ -6,6 +6,7 @@ schedule holds.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -207,6 +208,22 @@ def _a_receiver_that_is_heard_is_awaited(patch: Patch) -> None:
     patch.setattr(handover, "receiver_works", lease.peer_heard)
 
 
+def _silence_is_enough_in_prepared(patch: Patch) -> None:
+    patch.setattr(duties, "touch", lambda state, now_ms: None)
+
+
+def _the_next_number_is_free(patch: Patch) -> None:
+    real = effects.new_epoch
+
+    def new_epoch(state: State) -> Epoch:
+        twin = state.copy()
+        if twin.report is not None:
+            twin.report = dataclasses.replace(twin.report, phase=Phase.ACTIVE)
+        return real(twin)
+
+    patch.setattr(effects, "new_epoch", new_epoch)
+
+
 def _prepared_stays_frozen(patch: Patch) -> None:
     real = duties.thaw
 
@@ -262,6 +279,8 @@ MUTANTS = (
     ("the_givers_disk_is_full", _only_the_own_disk_gives_back),
     ("the_giver_takes_back_with_a_slow_disk", _only_the_own_disk_gives_back),
     ("the_receivers_disk_is_full", _a_receiver_that_is_heard_is_awaited),
+    ("the_giver_was_cut_off", _silence_is_enough_in_prepared),
+    ("the_receiver_was_cut_off", _the_next_number_is_free),
     ("a_thaw_fails_in_the_takeover", _prepared_stays_frozen),
     ("the_giver_is_stopped_in_prepared", _a_stop_waits_for_nobody),
     ("it_goes_back_before_the_thaw", _frozen_volumes_may_be_moved_to),

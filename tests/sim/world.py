@@ -269,6 +269,7 @@ class World:
             and state.withhold_since_ms is None
             and (not self.config.hooks or state.volumes_mounted is False)
             and state.report is not None
+            and state.report.phase in (Phase.ACTIVE, Phase.MAINTENANCE)
             and state.report.serving
             and state.report.absence_ms == 0
             and other.local_ms() - state.heard_ms < 2 * self.config.timings.interval_ms

@@ -20,6 +20,7 @@ from nfsha.core.model import (
     Role,
 )
 from nfsha.core.replication import Approach, Fetch, Finish, Offer, Rest, flow
+from nfsha.core.state import Flight
 from tests.unit import situations
 from tests.unit.situations import EPOCH, Node, Pair, given
 
@@ -310,6 +311,30 @@ def test_each_step_has_its_deadline(pair: Callable[[], Pair], after_ms: int, why
     assert ended.why.startswith(why)
 
 
+def test_a_freeze_for_a_receiver_that_is_silent_ends() -> None:
+    pair = situations.frozen()
+    pair.standby.on = False
+    pair.run(1200)
+    ended = pair.primary.state.last_handover
+    assert ended is not None
+    assert ended.why == "the receiver is not heard any more"
+    assert phase_of(pair.primary) is not Phase.FREEZING
+
+
+def test_a_giver_that_does_not_come_to_rest_is_not_awaited_for_ever() -> None:
+    """Its disk is so slow that PREPARED is never shown."""
+    pair = situations.frozen()
+    pair.primary.unanswered.add(model.Persist)
+    answer(pair.primary, "freeze", model.Frozen(ok=True))
+    pair.run(4900)
+    assert rows(pair) == ("Q91", "Y91")
+    pair.primary.state.flights["persist"] = Flight(10**9, pair.now_ms + 10**6)
+    pair.run(11_000)
+    ended = pair.standby.state.last_handover
+    assert ended is not None
+    assert ended.why == "the giver did not come to rest"
+
+
 def test_a_giver_that_never_freezes_is_not_awaited_for_ever() -> None:
     pair = situations.approaching()
     pair.primary.state.refuses = given(pair)
@@ -493,10 +518,8 @@ def test_a_giver_whose_receiver_died_takes_over_above_the_epoch_that_it_gave() -
 
 def test_a_takeover_from_prepared_that_is_given_up_leads_back_there() -> None:
     pair = situations.prepared()
-    pair.primary.witness = False
     pair.primary.unanswered.add(model.Thaw)
     pair.standby.on = False
-    pair.primary.inbox.append(model.WitnessAnswered("gateway", pair.now_ms))
     pair.run(1500)
     assert phase_of(pair.primary) is Phase.TAKEOVER
     answer(pair.primary, "freeze", model.Thawed(ok=False, detail="busy"))
@@ -504,9 +527,40 @@ def test_a_takeover_from_prepared_that_is_given_up_leads_back_there() -> None:
     assert phase_of(pair.primary) is Phase.PREPARED
     assert pair.primary.state.row == "Q93"
     pair.primary.unanswered.clear()
-    pair.primary.witness = True
     pair.run(3000)
     assert phase_of(pair.primary) is Phase.ACTIVE
+
+
+def test_a_giver_that_was_cut_off_does_not_take_over_by_silence() -> None:
+    """The receiver may have taken over, served, and died meanwhile."""
+    pair = situations.prepared()
+    pair.primary.witness = False
+    pair.linked = False
+    pair.run(700)
+    pair.primary.witness = True
+    pair.run(5000)
+    assert rows(pair)[0] == "Q93"
+    assert phase_of(pair.standby) is Phase.ACTIVE
+    pair.standby.on = False
+    pair.linked = True
+    pair.run(5000)
+    assert rows(pair)[0] == "Q93"
+    pair.standby.on = True
+    pair.run(500)
+    assert pair.primary.state.durable.epoch == pair.standby.state.epoch
+
+
+def test_a_giver_that_stood_still_waits_for_a_word_of_now() -> None:
+    pair = situations.prepared()
+    kept = pair.primary.inbox
+    pair.primary.on = False
+    pair.run(700)
+    pair.primary.on = True
+    pair.primary.inbox = kept
+    pair.run(10)
+    assert pair.primary.state.out_of_touch_ms is not None
+    pair.run(200)
+    assert pair.primary.state.out_of_touch_ms is None
 
 
 def test_a_receiver_whose_giver_died_after_the_proof_has_all_and_serves() -> None:
@@ -537,14 +591,33 @@ def test_a_stopping_giver_stays_no_longer_than_the_proof_may_take() -> None:
     pair = situations.prepared()
     pair.standby.state.final_since_ms = pair.now_ms + 100_000  # it never ends by itself
     assert pair.ask(pair.primary, CommandKind.STOP).accepted
-    pair.run(22_000)
+    pair.run(25_000)
+    assert not exited(pair.primary)
+    pair.run(2000)
     assert exited(pair.primary)
 
 
-def test_a_stop_in_the_freeze_releases_and_thaws_first() -> None:
+@pytest.mark.parametrize(("kind", "row"), [(CommandKind.STOP, "C60"), (CommandKind.RESTART, "C70")])
+def test_a_stop_in_the_freeze_waits_for_the_handover(kind: CommandKind, row: str) -> None:
+    pair = situations.frozen()
+    epoch = given(pair)
+    assert pair.ask(pair.primary, kind).row == row
+    pair.run(2000)
+    assert phase_of(pair.primary) is Phase.FREEZING
+    answer(pair.primary, "freeze", model.Frozen(ok=True))
+    pair.run(100)
+    pair.standby.inbox.append(FinalChanged(epoch, proved=True))
+    pair.run(500)
+    assert exited(pair.primary)
+    assert not pair.primary.state.froze
+    assert phase_of(pair.standby) is Phase.ACTIVE
+
+
+def test_a_stop_in_a_freeze_that_fails_thaws_first() -> None:
     pair = situations.frozen()
     pair.primary.unanswered.add(model.Thaw)
-    assert pair.ask(pair.primary, CommandKind.STOP).row == "C62"
+    assert pair.ask(pair.primary, CommandKind.STOP).row == "C60"
+    answer(pair.primary, "freeze", model.Frozen(ok=False, detail="busy"))
     pair.run(300)
     assert not exited(pair.primary), "the volumes are frozen still"
     answer(pair.primary, "freeze", model.Thawed(ok=True))
@@ -552,13 +625,16 @@ def test_a_stop_in_the_freeze_releases_and_thaws_first() -> None:
     assert exited(pair.primary)
 
 
-def test_a_restart_in_the_freeze_ends_it() -> None:
-    pair = situations.frozen()
-    assert pair.ask(pair.primary, CommandKind.RESTART).row == "C74"
-    assert exited(pair.primary) or pair.primary.state.stopping == "restart"
-    pair.run(200)
-    assert exited(pair.primary)
-    assert not pair.primary.state.froze
+def test_a_restart_at_the_commit_announces_its_absence_once_it_serves() -> None:
+    pair = situations.proved()
+    assert pair.ask(pair.standby, CommandKind.RESTART).row == "C70"
+    written(pair.standby)
+    pair.standby.unanswered.clear()
+    pair.run(300)
+    assert exited(pair.standby)
+    assert phase_of(pair.standby) is Phase.ACTIVE
+    assert pair.primary.state.report is not None
+    assert pair.primary.state.report.absence_ms > 0
 
 
 def test_a_giver_in_prepared_holds_a_takeover_off_for_two_seconds_only() -> None:
@@ -574,7 +650,7 @@ def test_a_giver_in_prepared_holds_a_takeover_off_for_two_seconds_only() -> None
     assert not pair.standby.state.withhold_since_ms
     pair.run(2000)
     assert phase_of(pair.standby) is Phase.ACTIVE
-    assert pair.standby.state.epoch_number == EPOCH.number + 2
+    assert pair.standby.state.epoch_number == EPOCH.number + 3, "the giver may have taken 9"
 
 
 # --------------------------------------------------------------------------- hooks
