@@ -439,6 +439,9 @@ class Node:
 
     def _do_volumes(self, number: int, action: model.StopReceivers | model.Thaw) -> None:
         if isinstance(action, model.Thaw):
+            # A freeze that waits still for the call that closes the service never begins.
+            waiting = [one for one in self._calls if not isinstance(one.action, model.Freeze)]
+            self._calls = deque(waiting)
             self.volumes.thaw(number)
         else:
             self.volumes.stop_receivers(number)

@@ -267,6 +267,7 @@ class World:
             and not state.durable.promise
             and not state.stopping
             and state.withhold_since_ms is None
+            and not state.froze
             and (not self.config.hooks or state.volumes_mounted is False)
             and state.report is not None
             and state.report.phase in (Phase.ACTIVE, Phase.MAINTENANCE)
