@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+from tests.sim.background import run_into
 from tests.sim.runner import run_many, run_seed
 
 FAILURES_TOLD = 5
@@ -18,7 +20,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="this one only")
     parser.add_argument("-v", action="store_true", help="with its trace")
     parser.add_argument("--processes", type=int, help="default: one per processor")
+    parser.add_argument("--into", type=Path, help="run as idle work, and write the summary there")
     options = parser.parse_args()
+    if options.into is not None:
+        run_into(options.first, options.seeds, options.into)
+        return 0
     if options.seed is not None:
         return _one(options.seed, told=options.v)
     summary = run_many(range(options.first, options.first + options.seeds), options.processes)
