@@ -1,4 +1,4 @@
-"""Many seeds beside the other tests, of whom most wait: on the processors that nobody else wants."""
+"""Many seeds beside the other tests, of whom most wait: on processors that nobody else wants."""
 
 from __future__ import annotations
 
