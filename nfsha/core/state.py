@@ -305,8 +305,15 @@ class State:
 
     @property
     def handed_over(self) -> bool:
-        """The journaled epoch began with the proof that the volumes here hold its data."""
-        return self.durable.prepared is not None and self.durable.prepared == self.durable.epoch
+        """The journaled epoch began with the proof that the volumes here hold its data.
+
+        Not where a stamp here knows of a later epoch: then the journal is a restored one, and what
+        was proved once was written over since.
+        """
+        epoch, stamp = self.durable.epoch, self.newest_stamp
+        if epoch is None or self.durable.prepared != epoch:
+            return False
+        return stamp is None or stamp.number < epoch.number or stamp == epoch
 
     @property
     def prepared(self) -> Epoch | None:

@@ -731,6 +731,23 @@ def given_epoch(pair: Pair) -> Epoch:
     return epoch
 
 
+def test_a_restored_journal_proves_nothing_about_newer_volumes() -> None:
+    """Found by seed 70000025: what a later epoch wrote was taken for the data of the proof."""
+    epoch = Epoch(EPOCH.number + 1, "00000000000000aa", B_STANDBY)
+    later = Epoch(EPOCH.number + 3, "00000000000000bb", A_PRIMARY)
+    pair = Pair(Journal(epoch, prepared=epoch), Journal(epoch), situations.replicating)
+    pair.standby.inbox.append(
+        model.ReplicaChanged(whole=True, stamped=True, epoch=epoch, newest_stamp=epoch)
+    )
+    pair.primary.inbox.append(
+        model.ReplicaChanged(whole=False, stamped=True, epoch=epoch, newest_stamp=later)
+    )
+    pair.run(3000)
+    assert not pair.primary.state.handed_over
+    assert rows(pair)[0] == "R92"
+    assert phase_of(pair.standby) is not Phase.ACTIVE, "its data is the older one"
+
+
 def test_nothing_flows_in_restoring() -> None:
     pair = situations.proved()
     assert isinstance(ways(pair)[1], Rest)
