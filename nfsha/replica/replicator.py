@@ -271,7 +271,11 @@ class Replicator:
         await self.inventory.look()
         own = [one.stamp for one in self.inventory.here if one.stamp is not None]
         given = max(
-            (stamp for stamp in own if stamp.authority is self._settings.role),
+            (
+                stamp
+                for stamp in own
+                if stamp.authority is self._settings.role and stamp.number < epoch.number
+            ),
             key=lambda stamp: stamp.number,
             default=None,
         )
