@@ -191,7 +191,8 @@ async def _list_jobs() -> str | None:
     except OSError:
         return None
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), ASK_TIMEOUT_S)
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            output, _ = await process.communicate()
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -237,7 +237,8 @@ class Source:
             if offer != self._offer or self._keeper is None or self._keeper.done():
                 await self._change(offer)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), UP_WITHIN_S)
+            async with asyncio.timeout(UP_WITHIN_S):
+                await self._settled.wait()
 
     async def stop(self) -> None:
         """Ends the daemon and all connections; when it returns, all of them are proved gone.
@@ -297,7 +298,8 @@ class Source:
             self._settled.set()
             log.error("the source of the replication: %s", self.trouble)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._enough.wait(), after_s)
+                async with asyncio.timeout(after_s):
+                    await self._enough.wait()
             after_s = min(2 * after_s, RESTART_AFTER_MAX_S)
             self.restarts += 1
 

@@ -114,7 +114,8 @@ class Survey:
         while True:
             left_s = walker.began_s + self._within_s - self._clock_s()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(walker.done.wait(), max(0.0, left_s))
+                async with asyncio.timeout(max(0.0, left_s)):
+                    await walker.done.wait()
             if walker.done.is_set():
                 return []
             hung, rest = walker.leave_if_hung(self._within_s)

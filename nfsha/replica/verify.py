@@ -483,7 +483,8 @@ class Verify:
         rest_s = due_s - (self._clock_ms() - began_ms) / 1000
         if rest_s > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), rest_s)
+                async with asyncio.timeout(rest_s):
+                    await self._stop.wait()
 
     def _progress(self, tally: _Tally, part: Slice, took_ms: int) -> Progress:
         rate = part.size * 1000 // max(1, took_ms)

@@ -199,3 +199,30 @@ def test_one_volume_alone_is_looked_at_again(world: World) -> None:
     assert hung is not None
     assert "does not answer" in hung.failing
     assert world.looks == ["b", "a"]
+
+
+def test_who_is_cancelled_as_a_look_ends_does_not_go_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`asyncio.wait_for` of Python 3.11 gives a result instead: then a daemon never ends."""
+
+    async def look_on(survey: Survey) -> None:
+        while True:
+            await survey.look()
+
+    async def scenario() -> bool:
+        loop = asyncio.get_running_loop()
+        task = asyncio.create_task(look_on(Survey(ROOT, time.monotonic, within_s=WITHIN_S)))
+        real, asked = asyncio.Event.set, []
+
+        def ends(event: asyncio.Event) -> None:
+            real(event)
+            if not asked:
+                asked.append(loop.call_soon(task.cancel))
+
+        monkeypatch.setattr(asyncio.Event, "set", ends)
+        _, pending = await asyncio.wait([task], timeout=5)
+        task.cancel()
+        return not pending
+
+    assert asyncio.run(scenario())
