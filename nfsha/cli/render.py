@@ -94,6 +94,8 @@ def _gist(facts: Facts) -> str:
     vips = _vips(facts)
     if facts.get("stopping"):
         return f"the daemon is stopping ({facts['stopping']})"
+    if facts["phase"] == "FREEZING":
+        return f"holds the clients of {vips}, to hand the service over"
     if facts["serving"]:
         return f"serves {vips}"
     if facts["phase"] == "PASSIVE":
@@ -106,6 +108,10 @@ def _gist(facts: Facts) -> str:
         "ISOLATED": f"does not serve, lost the proof that it may hold {vips}",
         "DIVERGED": "does not serve, there are two histories",
         "MAINTENANCE": "does not serve, decides nothing by itself",
+        "PRESYNC": "comes near to the other node's data, to serve then",
+        "FINAL_SYNC": "clients are held, the last changes cross over to this node",
+        "RESTORING": f"clients are held, this node is about to serve {vips}",
+        "PREPARED": "clients are held, the last changes cross over to the other node",
         "FAULT": "does not serve, its own service or storage is broken",
     }
     return gists.get(str(facts["phase"]), "does not serve")
@@ -125,6 +131,20 @@ def _passive_gist(facts: Facts, vips: str) -> str:
     return f"ready to take over {vips}"
 
 
+def _handover_lines(facts: Facts) -> list[str]:
+    """How far a move of the service is; without one, how the last one ended."""
+    now = facts.get("handover") or {}
+    if now.get("side") is not None:
+        held = now.get("held_ms")
+        stall = f"; held for {duration(held)}" if held is not None else ""
+        return [f"to the {now['to']}, {now['step']}: {now['text']}{stall}"]
+    last = now.get("last")
+    if last is None:
+        return []
+    how = "done" if last["done"] else f"ended: {printable(last['why'])}"
+    return [f"the last one, to the {last['to']}, {ago(last['age_ms'])}: {how}"]
+
+
 def _vips(facts: Facts) -> str:
     return printable(", ".join(map(str, facts.get("vips") or ["the VIP"])))
 
@@ -134,6 +154,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "epoch", [_epoch_line(facts)]
     yield "evidence", _evidence_lines(facts)
     yield "takeover", _takeover_lines(facts)
+    yield "handover", _handover_lines(facts)
     yield "peer", [_peer_line(facts)]
     yield "promises", _promise_lines(facts)
     yield "VIP", [_vip_line(facts)]

@@ -36,12 +36,16 @@ def answered(pair: Pair, node: Node) -> Screen:
         "interface": "eth0",
         "links": [_link("lan", "10.0.0", peer), _link("cross", "10.9.9", peer)],
         "witness": {"names": ["10.0.0.1"], "last_answer_ms": None},
-        "service_lease": {"backend": "nftables", "has_lease": True, "open": facts["serving"]},
+        "service_lease": {"backend": "nftables", "has_lease": True, "open": _is_open(facts)},
         "warnings": [],
         "scheduling": "real-time priority: yes, SCHED_RR 10; memory kept resident: yes",
         "risks": ["only a reachability witness arbitrates"],
         "uptime_ms": 8000,
     }
+
+
+def _is_open(facts: Screen) -> bool:
+    return bool(facts["serving"]) and facts["phase"] != "FREEZING"
 
 
 def _link(name: str, network: str, peer: Screen) -> Screen:
@@ -84,6 +88,10 @@ SCREENS: dict[str, Callable[[], Screen]] = {
     "diverged": lambda: _primary(situations.diverged),
     "maintenance": lambda: _standby(situations.in_maintenance),
     "fault": lambda: _primary(situations.faulty),
+    "presync": lambda: _standby(situations.approaching),
+    "freezing": lambda: _primary(situations.frozen),
+    "prepared": lambda: _primary(situations.prepared),
+    "final-sync": lambda: _standby(situations.prepared),
 }
 
 
@@ -168,7 +176,8 @@ def test_what_an_older_daemon_does_not_say_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stopping": "restart"}, "the daemon is stopping (restart)"),
+        ({"phase": "PREPARED"}, "the last changes cross over to the other node"),
+        ({"phase": "OF-A-NEWER-VERSION"}, "does not serve"),
         ({"phase": "STARTING"}, "looks at what a former run left"),
         ({"phase": "TAKEOVER"}, "is taking over 10.0.0.100"),
         ({"phase": "RETURNED"}, "does not serve, its data may be old"),
