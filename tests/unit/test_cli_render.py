@@ -176,12 +176,12 @@ def test_what_an_older_daemon_does_not_say_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"phase": "PREPARED"}, "the last changes cross over to the other node"),
-        ({"phase": "OF-A-NEWER-VERSION"}, "does not serve"),
+        ({"stopping": "restart"}, "the daemon is stopping (restart)"),
         ({"phase": "STARTING"}, "looks at what a former run left"),
         ({"phase": "TAKEOVER"}, "is taking over 10.0.0.100"),
         ({"phase": "RETURNED"}, "does not serve, its data may be old"),
-        ({"phase": "PREPARED"}, "does not serve"),
+        ({"phase": "RESTORING"}, "clients are held, this node is about to serve 10.0.0.100"),
+        ({"phase": "OF-A-NEWER-VERSION"}, "does not serve"),
     ],
 )
 def test_the_first_line_says_it_all(change: Screen, words: str) -> None:
