@@ -180,7 +180,7 @@ def test_what_an_older_daemon_does_not_say_is_left_out() -> None:
         ({"phase": "STARTING"}, "looks at what a former run left"),
         ({"phase": "TAKEOVER"}, "is taking over 10.0.0.100"),
         ({"phase": "RETURNED"}, "does not serve, its data may be old"),
-        ({"phase": "RESTORING"}, "clients are held, this node is about to serve 10.0.0.100"),
+        ({"phase": "PRESYNC"}, "comes near to the other node's data, to serve then"),
         ({"phase": "OF-A-NEWER-VERSION"}, "does not serve"),
     ],
 )
