@@ -10,7 +10,7 @@ CODE := nfsha tests $(wildcard scripts/*.py) $(if $(wildcard bench/*.py),bench)
 TESTS := $(wildcard tests/unit tests/sim tests/netns)
 
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
-PYTEST := timeout --foreground --signal=INT --kill-after=60 1440 $(PYTHON) -m pytest --session-timeout=1380
+PYTEST := timeout --foreground --signal=INT --kill-after=20 1470 $(PYTHON) -m pytest --session-timeout=1420
 
 .PHONY: help setup venv demo test test-all test-versions check format sim bench-failover bench-replication \
 	lab-up lab-shell lab-down lock docs clean

@@ -576,6 +576,7 @@ def test_own_files_are_neither_sent_nor_deleted(pair: Pair) -> None:
     assert (pair.target / "a" / ".nfsha-volume").read_text() == "a client's"
 
 
+@pytest.mark.slow
 def test_fifty_thousand_listed_folders(
     make_volume: Callable[..., LoopVolume], tmp_path: Path
 ) -> None:
