@@ -213,7 +213,8 @@ def test_who_is_cancelled_as_a_look_ends_does_not_go_on(
     async def scenario() -> bool:
         loop = asyncio.get_running_loop()
         task = asyncio.create_task(look_on(Survey(ROOT, time.monotonic, within_s=WITHIN_S)))
-        real, asked = asyncio.Event.set, []
+        real = asyncio.Event.set
+        asked: list[asyncio.Handle] = []
 
         def ends(event: asyncio.Event) -> None:
             real(event)
