@@ -9,7 +9,7 @@ higher epoch.
 from __future__ import annotations
 
 from nfsha.core import lease
-from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Epoch, Phase
+from nfsha.core.model import GIVING_PHASES, RECEIVING_PHASES, Epoch, Phase, PromiseState
 from nfsha.core.state import State
 
 ANSWER_MS = 10_000
@@ -60,6 +60,7 @@ def peer_could_receive(state: State, now_ms: int) -> bool:
         report is not None
         and lease.peer_heard(state, now_ms)
         and report.phase in (Phase.PASSIVE, Phase.RETURNED)
+        and report.promise is PromiseState.NONE
         and report.epoch == state.durable.epoch
         and report.healthy
     )
@@ -67,11 +68,12 @@ def peer_could_receive(state: State, now_ms: int) -> bool:
 
 def under_way(state: State, now_ms: int) -> bool:
     """Is a handover asked for, or worked on here, or by a peer that is heard?"""
-    if state.phase in RECEIVING_PHASES | GIVING_PHASES or state.asks:
+    if state.phase in RECEIVING_PHASES | GIVING_PHASES:
         return True
     report = state.report
-    heard = report is not None and lease.peer_heard(state, now_ms)
-    return report is not None and heard and report.phase in RECEIVING_PHASES
+    if report is None or not lease.peer_heard(state, now_ms):
+        return False
+    return bool(state.asks) or report.phase in RECEIVING_PHASES
 
 
 # --------------------------------------------------------------------------- the giver

@@ -289,6 +289,7 @@ def test_the_giver_killed_when_prepared_never_serves_what_it_gave_away(copies: C
     copies.start("a")
     copies.wait_phase("a", "PASSIVE", since_ms=killed_ms, within_s=20)
     assert ("STARTING", "PREPARED") in copies.moves("a", killed_ms)
-    assert copies.lab.b.status()["epoch"]["number"] == 3
+    # One above the one given away is left free: the giver might have taken it unheard.
+    assert copies.lab.b.status()["epoch"]["number"] == 4
     first.join(MOVE_S)
     copies.assert_never_two()
