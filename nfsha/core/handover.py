@@ -94,6 +94,7 @@ def receiver_ready(state: State, now_ms: int) -> bool:
         and given.authority is state.me.other
         and given.number > highest_number(state)
         and given != state.refuses
+        and settled(state)
         and now_ms < state.echo_ms + state.config.timings.hold_ms
     )
 

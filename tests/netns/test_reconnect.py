@@ -510,7 +510,8 @@ def saved_by(lab: Lab, name: str, count: int, within_s: float = 5.0) -> dict[str
     deadline = time.monotonic() + within_s
     while True:
         told: dict[str, Any] = json.loads(lab.node(name).nfsha("clients", "--json").stdout)
-        if told["saved"]["total"] == count:
+        # Its age is known with the next page, which says that the list is the newest one.
+        if told["saved"]["total"] == count and told["saved"]["age_ms"] is not None:
             return told
         assert time.monotonic() < deadline, told
         time.sleep(0.1)

@@ -116,7 +116,7 @@ class Volumes:
         if engine is None:
             return
         way = flow(engine.state, self._node.local_ms())
-        if isinstance(way, Offer):
+        if isinstance(way, Offer) and not self._newer(way.epoch):
             self.stamp, self.tainted = way.epoch, False
         if not isinstance(way, Fetch | Approach | Finish) or way.epoch != self.receiving:
             self._kill_soon()
@@ -283,7 +283,12 @@ class Volumes:
         if engine is None or not source.powered or source.frozen:
             return False
         way = flow(engine.state, source.local_ms())
-        return isinstance(way, Offer) and way.epoch == epoch
+        return isinstance(way, Offer) and way.epoch == epoch == source.volumes.stamp
+
+    def _newer(self, epoch: Epoch) -> bool:
+        """Such volumes are not offered, nor stamped: their data belongs to another history."""
+        stamp = self.stamp
+        return stamp is not None and stamp.number >= epoch.number and stamp != epoch
 
     def _half(self, number: int) -> None:
         """Half of what differs has landed."""
