@@ -53,6 +53,9 @@ FETCHES = (Fetch, Approach, Finish)
 LOOK_EVERY_S = 5.0
 """How often the filesystems are looked at while nothing else asks."""
 
+TOLD_WITHIN_S = 5.0
+"""A peer that is heard tells its volumes in a fraction of this."""
+
 Facts = dict[str, Any]
 
 
@@ -135,6 +138,7 @@ class Replicator:
         self._reported: ReplicaChanged | None = None
         self._told: Facts | None = None
         self._bell = asyncio.Event()
+        self._known = asyncio.Event()
         self._serving_task: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[str] | None = None
         self._conductor: asyncio.Task[None] | None = None
@@ -181,6 +185,7 @@ class Replicator:
         if flow == self._flow and epoch == self._epoch:
             return
         before, self._flow = self._flow, flow
+        self._known.clear()
         moved = epoch != self._epoch
         self._epoch = epoch
         if not _same_side(before, flow):
@@ -235,6 +240,8 @@ class Replicator:
                 await self.inventory.look()
             await self._pair_up()
             self.fetching.follow_volumes()
+            if isinstance(self._flow, Fetch) and self.inventory.there is not None:
+                self._known.set()
             self._changed()
             if self._clock_ms() - self._kept_ms >= KEEP_EVERY_MS:
                 self._kept_ms = self._clock_ms()
@@ -559,7 +566,12 @@ class Replicator:
         accept_deletes: str | None = None,
         wait: bool = False,
     ) -> list[asyncio.Task[bool]]:
-        """Asks for a pass of one volume, or of all; with `wait`, what is done as each has ended."""
+        """Asks for a pass of one volume, or of all; with `wait`, what is done as each has ended.
+
+        A daemon that has just begun to fetch waits for the list of what there is to fetch.
+        """
+        if isinstance(self._flow, Fetch):
+            await self._know_the_volumes()
         chosen = self.chosen(name)
         if self.fetching.schedule.paused:
             raise ReplicaError("passes are paused: `nfsha sync --resume` lets them go on")
@@ -573,6 +585,18 @@ class Replicator:
         for uuid in chosen:
             schedule.trigger(uuid, reason)
         return []
+
+    async def _know_the_volumes(self) -> None:
+        try:
+            async with asyncio.timeout(TOLD_WITHIN_S):
+                await self._known.wait()
+        except TimeoutError:
+            if not isinstance(self._flow, Fetch):
+                return  # who asked is told what runs instead
+            raise ReplicaError(
+                f"the other node has not told its volumes within {TOLD_WITHIN_S:.0f} s: "
+                "`nfsha status` says whether it is heard"
+            ) from None
 
     def _accept(self, chosen: Sequence[str], accepted: str) -> None:
         for uuid in chosen:
