@@ -44,6 +44,7 @@ from nfsha.replica.schedule import Cause, Kind, Plan, Reason, Schedule
 from nfsha.replica.serving import FACTS_NAME, changes_name
 from nfsha.replica.source_facts import SourceFacts, read_facts
 from nfsha.replica.suspects import SuspectAnswer, SuspectQuestion
+from nfsha.replica.tally import Tally
 from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
 from nfsha.replica.volume_facts import (
     VolumeError,
@@ -114,6 +115,8 @@ class Fetching:
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
+        self.tally: Tally | None = None
+        """Where the passes of a handover are counted, while one is under way."""
         self.schedule = Schedule(
             self._run, parallel=sync.parallel, watch=watch, since_ms=self._since_ms
         )
@@ -350,8 +353,10 @@ class Fetching:
             copy.full_walks[why_full] += 1
             log.info("volume %s: a full walk: %s", here.name, why_full)
         outcome = await self._pull(copy, request, found.scratch)
+        kept = None
         if entry is not None:
-            await self._write(Quarantine(found.root_fd).finish, entry)
+            kept = await self._write(Quarantine(found.root_fd).finish, entry)
+        self._count(copy, outcome, kept)
         if outcome.verdict is not Verdict.COMPLETE:
             self._not_completed(copy, outcome)
             return
@@ -360,6 +365,17 @@ class Fetching:
             copy.missed_by_journal += await self._missed(copy, found, outcome)
         copy.folders = folders
         await self._completed(copy, here, done)
+
+    def _count(self, copy: Copy, outcome: PassOutcome, kept: Entry | None) -> None:
+        if self.tally is not None:
+            self.tally.add(
+                copy.uuid,
+                self._inventory.name_of(copy.uuid),
+                copied_files=outcome.transferred_files,
+                copied_bytes=outcome.transferred_bytes,
+                deleted=outcome.deletions,
+                quarantined=(kept.files or 0) if kept is not None else 0,
+            )
 
     def _request(self, copy: Copy, found: _Found, entry: Entry | None) -> PassRequest:
         """A full walk; what it overwrites and deletes goes to the entry of the quarantine."""

@@ -19,6 +19,7 @@ from nfsha.replica.copying import State
 from nfsha.replica.fetching import Fetching
 from nfsha.replica.marks import Mark
 from nfsha.replica.schedule import Cause, Kind, Reason
+from nfsha.replica.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Receiving:
         self.passes = 0
         """How many passes this handover has made."""
         self.last_pass_ms = 0
+        self.tally = Tally()
+        """What this handover, or the last one, has done."""
 
     def follow(self, flow: Flow) -> None:
         """Takes which way data may flow, after each turn."""
@@ -87,6 +90,7 @@ class Receiving:
         elif isinstance(step, Finish):
             self._run(self._finish(step), FinalChanged, step.handover)
         else:
+            self._fetching.tally = None
             self._fetching.schedule.let_go()
 
     def _run(
@@ -116,6 +120,7 @@ class Receiving:
 
     async def _approach(self, step: Approach) -> None:
         self.passes, self.last_pass_ms = 0, 0
+        self.tally = self._fetching.tally = Tally()
         stuck = await self._fetching.end()  # a verify would keep its volume for hours
         if stuck:
             raise FarError(stuck)
@@ -125,7 +130,8 @@ class Receiving:
         while self.passes < MAX_PASSES:
             kind = Kind.ORDINARY if self.passes else Kind.FULL
             before_ms, began_ms = self.last_pass_ms, self._clocks.now_ms()
-            trouble = await self._passes_of(self._fetching.copies, kind)
+            what = "changes" if self.passes else "full"
+            trouble = await self._round(what, self._fetching.copies, kind)
             if trouble:
                 failures += 1
                 if failures >= MAX_FAILURES:
@@ -145,6 +151,19 @@ class Receiving:
             f"handover.max_stall is {self._max_stall_ms / 1000:g} s: something writes too fast "
             f"(the most in {self._busiest()})"
         )
+
+    async def _round(self, what: str, volumes: Iterable[str], kind: Kind) -> str:
+        """`_passes_of`, counted."""
+        began_ms, trouble = self._clocks.now_ms(), "it was broken off"
+        self.tally.begin_round(what)
+        try:
+            trouble = await self._passes_of(volumes, kind)
+        except FarError as error:
+            trouble = str(error)
+            raise
+        finally:
+            self.tally.end_round(self._clocks.now_ms() - began_ms, trouble)
+        return trouble
 
     async def _passes_of(self, volumes: Iterable[str], kind: Kind) -> str:
         """One pass of each volume; returns what went wrong, or "". FarError for what will not."""
@@ -171,7 +190,7 @@ class Receiving:
 
     async def _finish(self, step: Finish) -> None:
         volumes = tuple(self._fetching.copies)
-        trouble = await self._passes_of(volumes, Kind.ORDINARY)
+        trouble = await self._round("last", volumes, Kind.ORDINARY)
         if trouble:
             raise FarError(trouble)
         await asyncio.gather(*(self._prove(uuid, step.epoch) for uuid in volumes))
