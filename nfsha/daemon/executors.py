@@ -157,15 +157,18 @@ class Executors:
         return model.ReceiversStopped(ok=not trouble, detail=trouble)
 
     async def _freeze(self) -> Result:
+        self._freezing = freezing = asyncio.ensure_future(self._come_to_rest())
+        await asyncio.wait([freezing])
+        if freezing.cancelled():
+            return model.Frozen(ok=False, detail="the freeze was ended")
+        trouble = freezing.result()
+        return model.Frozen(ok=not trouble, detail=trouble)
+
+    async def _come_to_rest(self) -> str:
         # After the call that closes the service: what is written later would escape the freeze.
         while self._locks_task is not None:
             await asyncio.wait([self._locks_task])
-        self._freezing = asyncio.ensure_future(self._world.replication.come_to_rest())
-        await asyncio.wait([self._freezing])
-        if self._freezing.cancelled():
-            return model.Frozen(ok=False, detail="the freeze was ended")
-        trouble = self._freezing.result()
-        return model.Frozen(ok=not trouble, detail=trouble)
+        return await self._world.replication.come_to_rest()
 
     async def _thaw(self) -> Result:
         """The volumes stay writable in a freeze; so it ends with the waiting for its rest."""
