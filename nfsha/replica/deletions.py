@@ -27,6 +27,8 @@ MAX_NAMES: Final = 50_000
 """So many names a plan keeps; its count and its hash are always of all."""
 MAX_ARRIVALS: Final = 200_000
 """Of so many new files the plan remembers what they look like; others are no moves for it."""
+MAX_REPLACED_NAMES: Final = 1_000
+"""So many names of things that would be replaced are kept; their count is of all."""
 MAX_WANTED: Final = 2_000
 """Up to so many things to copy are asked for by name, not by a second look at all folders."""
 MAX_FOLDERS: Final = 20_000
@@ -121,6 +123,9 @@ class PlanReader:
         """Their names, as long as they are few."""
         self.wanted_files = 0
         """How many of these are no folders."""
+        self.replaced = 0
+        """Existing things, no folders, in whose place something else would come."""
+        self.replaced_names: list[bytes] = []
         self.touched: set[bytes] = set()
         """Existing folders whose own attributes differ."""
         self.parents: set[bytes] = set()
@@ -154,7 +159,11 @@ class PlanReader:
         else:
             self.copies += 1
             name = decode_name(line[found.end() :])
-            if line[2:11] == _NEW and found[2] != b"d" and len(self.arrivals) < MAX_ARRIVALS:
+            if line[2:11] != _NEW:
+                # Where attributes alone differ (`.`), nothing comes in its place.
+                if found[2] != b"d" and found[1] != b".":
+                    self._replaces(name)
+            elif found[2] != b"d" and len(self.arrivals) < MAX_ARRIVALS:
                 self.arrivals[_looks(name, size, time)] += 1
             self._linked = self._linked or found[1] == b"h"
             self._want(name.rstrip(b"/"), folder=found[2] == b"d")
@@ -191,6 +200,11 @@ class PlanReader:
         Not where something is to be a hard link: the other names must be in rsync's list too.
         """
         return not self._linked and not self._too_many_folders and len(self.wanted) <= MAX_WANTED
+
+    def _replaces(self, name: bytes) -> None:
+        self.replaced += 1
+        if len(self.replaced_names) < MAX_REPLACED_NAMES:
+            self.replaced_names.append(name)
 
     def _want(self, name: bytes, *, folder: bool) -> None:
         if len(self.wanted) <= MAX_WANTED and name not in self.wanted:

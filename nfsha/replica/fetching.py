@@ -27,6 +27,7 @@ from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.deletions import DeleteLimits
 from nfsha.replica.durable import read_small
+from nfsha.replica.estimate import Ahead
 from nfsha.replica.inventory import Inventory
 from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore
 from nfsha.replica.published import MAX_BYTES, ChangesError, Published, read_published
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 MAX_ATTEMPTS_COUNTED = 10
+MEASURED_BYTES = 1 << 20
+"""A pass that copied less says nothing of the rate."""
 UNLIMITED = (1 << 31) - 1
 VERIFY_PAUSES_MS = 300_000
 """How long a verify goes on without an ordinary pass where these come by a cron line."""
@@ -115,6 +118,9 @@ class Fetching:
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
+        self._looks: dict[str, Pull] = {}
+        self.rate_bytes_s: int | None = None
+        """Of the last pass that copied enough to measure it, its walk and its end included."""
         self.tally: Tally | None = None
         """Where the passes of a handover are counted, while one is under way."""
         self.schedule = Schedule(
@@ -150,6 +156,7 @@ class Fetching:
         under_way: list[tuple[str, Pull | Verify]] = [
             *self._pulls.items(),
             *self._verifies.items(),
+            *self._looks.items(),
         ]
         ends = await asyncio.gather(*(self._end_one(uuid, one) for uuid, one in under_way))
         stuck = [words for words in ends if words]
@@ -271,11 +278,16 @@ class Fetching:
         self.schedule.retry(copy.uuid, copy.attempts)
 
     async def _pass(self, copy: Copy, epoch: Epoch, reason: Reason) -> None:
-        scratch = self._scratch / copy.uuid
+        async with self._found(copy.uuid, epoch, self._scratch / copy.uuid) as found:
+            await self._into(copy, reason, found)
+
+    @asynccontextmanager
+    async def _found(self, uuid: str, epoch: Epoch, scratch: Path) -> AsyncIterator[_Found]:
+        """Both sides of a volume, past all guards, its root open here; nothing is changed yet."""
         await asyncio.to_thread(_fresh_folder, scratch)
-        facts, changes = await self._published(copy.uuid, epoch, scratch)
-        await self._inventory.look_at(copy.uuid)
-        here = self._guard(copy.uuid, epoch, facts)
+        facts, changes = await self._published(uuid, epoch, scratch)
+        await self._inventory.look_at(uuid)
+        here = self._guard(uuid, epoch, facts)
         if here.stamp is not None and here.identity is not None:
             stamped_ns = await asyncio.to_thread(volumes.stamped_at_ns, here)
             if stamped_ns == facts.stamped_ns.get(here.identity):
@@ -285,8 +297,7 @@ class Fetching:
                 )
         root_fd = await asyncio.to_thread(volumes.open_root, here)
         try:
-            found = _Found(epoch, here, root_fd, facts, changes, scratch)
-            await self._into(copy, reason, found)
+            yield _Found(epoch, here, root_fd, facts, changes, scratch)
         finally:
             os.close(root_fd)
 
@@ -339,8 +350,7 @@ class Fetching:
         return here
 
     async def _into(self, copy: Copy, reason: Reason, found: _Found) -> None:
-        epoch, here = found.epoch, found.here
-        resync = here.stamp != epoch or bool(self._store.taint_of(copy.uuid))
+        here, resync = found.here, self._is_resync(copy.uuid, found)
         folders, why_full = self._choose(copy, reason, found, resync=resync)
         if resync and not here.empty and not self._may_resync(reason):
             raise RefusedError(
@@ -366,7 +376,52 @@ class Fetching:
         copy.folders = folders
         await self._completed(copy, here, done)
 
+    def _is_resync(self, uuid: str, found: _Found) -> bool:
+        return found.here.stamp != found.epoch or bool(self._store.taint_of(uuid))
+
+    async def look_ahead(self, uuid: str, longest_s: int) -> Ahead:
+        """What a pass of this volume would do now. Changes nothing; tells its own trouble."""
+        epoch = self.epoch
+        if epoch is None or uuid not in self.copies:
+            return Ahead(uuid, trouble="nothing is copied to this node now")
+        scratch, began_ms = self._scratch / f"{uuid}-ahead", self._clocks.now_ms()
+        try:
+            async with self._found(uuid, epoch, scratch) as found:
+                ahead = await self._looked(self.copies[uuid], found, longest_s)
+        except (RefusedError, *TROUBLES) as error:
+            return Ahead(uuid, trouble=str(error))
+        return replace(ahead, took_ms=self._clocks.now_ms() - began_ms)
+
+    async def _looked(self, copy: Copy, found: _Found, longest_s: int) -> Ahead:
+        resync = self._is_resync(copy.uuid, found)
+        keeps = resync and not found.here.empty
+        folders, why_full = self._choose(copy, Reason(Cause.COMMAND), found, resync=resync)
+        request = replace(self._request(copy, found, None), folders=folders, longest_s=longest_s)
+        if keeps:  # what it deletes goes to quarantine
+            request = replace(request, limits=replace(request.limits, files=UNLIMITED))
+        pull = Pull(request, found.scratch, self._clocks.now_ms)
+        self._looks[copy.uuid] = pull
+        try:
+            planned = await pull.look()
+        finally:
+            self._looks.pop(copy.uuid, None)
+        return Ahead(
+            copy.uuid,
+            walk="full" if folders is None else "folders",
+            why_full=why_full,
+            copy_files=planned.copy_files,
+            copy_bytes=planned.copy_bytes,
+            deletions=planned.deletions,
+            held=planned.held,
+            plan=planned.plan.hash if planned.plan is not None else "",
+            quarantine=planned.replaced + planned.deletions if keeps else 0,
+            names=planned.names if keeps else (),
+            trouble=planned.trouble,
+        )
+
     def _count(self, copy: Copy, outcome: PassOutcome, kept: Entry | None) -> None:
+        if outcome.transferred_bytes >= MEASURED_BYTES and outcome.seconds > 0:
+            self.rate_bytes_s = round(outcome.transferred_bytes / outcome.seconds)
         if self.tally is not None:
             self.tally.add(
                 copy.uuid,

@@ -40,6 +40,7 @@ from nfsha.replica.child import (
     Stream,
 )
 from nfsha.replica.deletions import (
+    MAX_REPLACED_NAMES,
     OWN_ROOT_NAMES,
     PARTIAL_NAME,
     DeleteLimits,
@@ -61,6 +62,7 @@ __all__ = [
     "From",
     "PassOutcome",
     "PassRequest",
+    "Planned",
     "Progress",
     "Pull",
     "Stage",
@@ -144,6 +146,24 @@ _SEVERITY: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a pass would do, by a dry run that changed nothing. `deletions` counts files.
+
+    `held`: why `plan` would have to wait. `names`: the first of what would be replaced or deleted.
+    `trouble`: why nothing is known.
+    """
+
+    copy_files: int = 0
+    copy_bytes: int = 0
+    deletions: int = 0
+    replaced: int = 0
+    names: tuple[bytes, ...] = ()
+    plan: DeletionPlan | None = None
+    held: str = ""
+    trouble: str = ""
+
+
 @dataclass(slots=True)
 class _Run:
     """What came out of one rsync."""
@@ -203,7 +223,7 @@ class _ScratchError(Exception):
 class Pull:
     """One pass. `clock_ms` is a clock in milliseconds that only goes forward.
 
-    `scratch` is a folder of nfsha's own for short-lived files. Call `run` once.
+    `scratch` is a folder of nfsha's own for short-lived files. Call `run` once, or `look` once.
     """
 
     def __init__(self, request: PassRequest, scratch: Path, clock_ms: Callable[[], int]) -> None:
@@ -246,6 +266,46 @@ class Pull:
             self._fail(f"{shortage} ({self._tally.full})")
         return self._outcome(held, (self._clock_ms() - begun_ms) / 1000)
 
+    async def look(self) -> Planned:
+        """Only the dry run: what the pass would do now. Changes nothing here nor at the source.
+
+        All troubles are in what it returns, but for ChildStuckError as `run` raises it.
+        """
+        self._running = asyncio.Event()
+        try:
+            return await self._planned()
+        except ChildStuckError:
+            raise
+        except (ChildError, _ScratchError) as error:
+            return Planned(trouble=str(error))
+        except OSError as error:
+            return Planned(trouble=f"this node's volume: {error.strerror}")
+        finally:
+            self._running.set()
+
+    async def _planned(self) -> Planned:
+        if self.request.folders == ():
+            return Planned()
+        reader = PlanReader()
+        data = await asyncio.to_thread(_folders_of, self.request)
+        with await asyncio.to_thread(self._listed, data) as listed:
+            argv = self._course(listed.name).plan()
+            run = await self._rsync("look", argv, reader.take, reader.rest)
+        if run.stats is None or not run.went_through:
+            return Planned(trouble=run.ending.reason)
+        plan = self._plan = await asyncio.to_thread(reader.finish)
+        held = await asyncio.to_thread(self._ruling, reader) if plan.count else ""
+        gone = tuple(name for name in plan.names if not name.endswith(b"/"))
+        return Planned(
+            copy_files=run.stats.transferred,
+            copy_bytes=run.stats.transferred_bytes,
+            deletions=plan.files,
+            replaced=reader.replaced,
+            names=(*reader.replaced_names, *gone[:MAX_REPLACED_NAMES]),
+            plan=plan if plan.count else None,
+            held=held,
+        )
+
     async def end(self, within_s: float = _END_WITHIN_S, *, at_once: bool = False) -> None:
         """Kills the pass; when this returns, nothing of it can touch the volume any more.
 
@@ -287,17 +347,7 @@ class Pull:
             return ""
         data = await asyncio.to_thread(_folders_of, request)
         with await asyncio.to_thread(self._listed, data) as listed:
-            whole = request.folders is None
-            course = Course(
-                source=request.source,
-                module=f"v-{request.uuid}",
-                target=f"/proc/self/fd/{request.root_fd}/",
-                timeout_s=request.timeout_s,
-                connect_timeout_s=request.connect_timeout_s,
-                list_path=None if whole else listed.name,
-                backup=request.resync_backup,
-                checksum=request.checksum,
-            )
+            course = self._course(listed.name)
             held = ""
             if request.limits.target_empty:
                 await self._copy(course, total_bytes=request.expected_bytes, make_way=0)
@@ -309,6 +359,19 @@ class Pull:
             self._report(Progress(Stage.CHECK))
             await asyncio.to_thread(sync_filesystem, request.root_fd)
         return held
+
+    def _course(self, list_path: str) -> Course:
+        request = self.request
+        return Course(
+            source=request.source,
+            module=f"v-{request.uuid}",
+            target=f"/proc/self/fd/{request.root_fd}/",
+            timeout_s=request.timeout_s,
+            connect_timeout_s=request.connect_timeout_s,
+            list_path=None if request.folders is None else list_path,
+            backup=request.resync_backup,
+            checksum=request.checksum,
+        )
 
     async def _by_plan(self, course: Course) -> str:
         reader = PlanReader()
