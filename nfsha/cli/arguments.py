@@ -200,6 +200,17 @@ COMMANDS: tuple[Command, ...] = (
         "For volumes that hold data on both nodes; an empty one is paired by itself.",
     ),
     Command(
+        "volumes forget", COPY, "forget a volume that was removed for good",
+        "nfsha volumes forget data", replicate.forget,
+        (
+            Option(("volume",), "what it was called, or its UUID, as `nfsha status` names it",
+                   {"metavar": "VOLUME", "type": _VOLUME}),
+            YES, CONFIG, SOCKET,
+        ),
+        "A node that has copied a volume does not take over without it. Unmount it on both nodes, "
+        "then say this on both; it is refused while either has it mounted.",
+    ),
+    Command(
         "sync", COPY, "copy now, without waiting for the schedule",
         "nfsha sync data --wait", replicate.sync,
         (

@@ -159,6 +159,8 @@ def _gist(one: Facts) -> Iterator[str]:
         yield (
             "no complete pass is known" if age_ms is None else f"the copy is {duration(age_ms)} old"
         )
+    if one.get("tainted"):
+        yield f"NO WHOLE COPY ({one['tainted']})"
     yield state(one)
 
 

@@ -86,19 +86,23 @@ def _held_plan(path: Path, volume: str | None, digits: str) -> tuple[str, str]:
         raise CommandError(
             Exit.USAGE, f"a plan is named by at least {_MIN_PLAN_DIGITS} of its digits"
         )
+    listed = client.volumes(path)["volumes"]
     plans = {
         one["name"]: str(plan["hash"])
-        for one in client.volumes(path)["volumes"]
+        for one in listed
         if (plan := get(one, "sync", "plan")) and volume in (None, one["name"], one.get("path"))
     }
     found = [(name, plan) for name, plan in plans.items() if plan.startswith(digits)]
     if len(found) == 1:
         return found[0]
     held = ", ".join(f"{plan[:12]} of {spelled(name)}" for name, plan in plans.items())
+    none = "no deletions are held: see `nfsha volumes`"
+    if any(get(one, "sync", "state") == "running" for one in listed):
+        none = "none are held yet, but a pass runs: it may make the plan, repeat when it has ended"
     raise CommandError(
         Exit.REFUSED,
         printable(f"{'several plans are' if found else 'no plan is'} named {digits}"),
-        printable(f"held are: {held}") if held else "no deletions are held: see `nfsha volumes`",
+        printable(f"held are: {held}") if held else none,
     )
 
 
@@ -179,6 +183,19 @@ def pair(args: argparse.Namespace) -> Answer:
         "there, goes to its quarantine.",
     )
     return _done(client.ask(path, "volumes-pair", {"volume": args.volume}), "done")
+
+
+def forget(args: argparse.Namespace) -> Answer:
+    """Forgets a volume that was removed for good."""
+    path = client.socket_path(args)
+    confirm(
+        args,
+        path,
+        f"This node forgets the volume {spelled(args.volume)}: when it was copied, and that it "
+        "must be mounted before this node may take over. It deletes no file of the volume. If its "
+        "disk is only lost, mount it again instead.",
+    )
+    return _done(client.ask(path, "volumes-forget", {"volume": args.volume}), "done")
 
 
 # --------------------------------------------------------------------------- quarantine

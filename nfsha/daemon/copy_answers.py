@@ -43,7 +43,15 @@ PART_ENTRIES = 500
 _SAID = 5
 
 COMMANDS = frozenset(
-    {"volumes", "sync", "sync-pause", "sync-bandwidth", "volumes-pair", "quarantine"}
+    {
+        "volumes",
+        "sync",
+        "sync-pause",
+        "sync-bandwidth",
+        "volumes-pair",
+        "volumes-forget",
+        "quarantine",
+    }
 )
 
 
@@ -100,6 +108,7 @@ class CopyAnswers:
         there = self._there()
         match command:
             case "volumes":
+                await there.seen()
                 facts = there.facts()
                 part = _part(facts["volumes"], _number(args, "start"))
                 return {**facts, "volumes": part, "total": len(facts["volumes"])}
@@ -114,6 +123,8 @@ class CopyAnswers:
                 return await self._bandwidth(args)
             case "volumes-pair":
                 return {"ok": True, "why": await there.pair(_text(args, "volume"))}
+            case "volumes-forget":
+                return {"ok": True, "why": await there.forget(_text(args, "volume"))}
             case _:
                 return await self._quarantine(args)
 
@@ -200,6 +211,7 @@ class CopyAnswers:
     # ------------------------------------------------------------- quarantine
 
     async def _quarantine(self, args: Facts) -> Facts:
+        await self._there().seen()
         volume = _maybe_text(args, "volume")
         match args.get("action"):
             case "list":

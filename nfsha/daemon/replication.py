@@ -44,6 +44,8 @@ class Replication:
         self._takes_a_copy = False
         self._packing: asyncio.Task[None] | None = None
         self._next_facts: dict[str, Any] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._next_blob: bytes | None = None
         self.replicator: Replicator | None = None
         if settings.replication != RSYNC:
             return
@@ -68,8 +70,9 @@ class Replication:
 
     async def close(self) -> None:
         """Ends all that copies; no process of it is left."""
-        if self._packing is not None:
-            self._packing.cancel()
+        for task in (self._packing, self._hearing):
+            if task is not None:
+                task.cancel()
         if self.replicator is not None:
             await self.replicator.close()
 
@@ -120,14 +123,18 @@ class Replication:
                 log.error("the other node is not told of this node's volumes: %s", error)
 
     def _told(self, blob: bytes) -> None:
-        self._inbox.watch(asyncio.ensure_future(self._hear(blob)))
+        self._next_blob = blob
+        if self._hearing is None or self._hearing.done():
+            self._hearing = asyncio.ensure_future(self._hear())
+            self._inbox.watch(self._hearing)
 
-    async def _hear(self, blob: bytes) -> None:
-        if self.replicator is None:
-            return
-        try:
-            facts = await asyncio.to_thread(pages.unpack, blob)
-        except FactsError as error:
-            log.warning("%s", error)
-            return
-        await self.replicator.heard(facts)
+    async def _hear(self) -> None:
+        """One after the other, so that what was told last counts; what it replaces is left out."""
+        while self.replicator is not None and self._next_blob is not None:
+            blob, self._next_blob = self._next_blob, None
+            try:
+                facts = await asyncio.to_thread(pages.unpack, blob)
+            except FactsError as error:
+                log.warning("%s", error)
+                continue
+            await self.replicator.heard(facts)

@@ -48,6 +48,10 @@ class Inventory:
         self.here: tuple[VolumeFacts, ...] = ()
         self.there: tuple[VolumeFacts, ...] | None = None
         """None: the other node has not told yet."""
+        self.told = asyncio.Event()
+        """The other node has told."""
+        self.looked = asyncio.Event()
+        """The filesystems here were looked at, or could not be (`trouble`)."""
         self.looked_ms: int | None = None
         self.trouble = "the volumes were not looked at yet"
 
@@ -62,7 +66,13 @@ class Inventory:
                 self._take(found)
                 self.trouble = ""
                 self.looked_ms = self._clock_ms()
+        self.looked.set()
         return self.here
+
+    def hear(self, there: tuple[VolumeFacts, ...]) -> None:
+        """Takes the other node's volumes, as it told them."""
+        self.there = there
+        self.told.set()
 
     def _take(self, found: Sequence[VolumeFacts]) -> None:
         """The root is there for its mount points; where it cannot be a volume it is none."""

@@ -2,8 +2,9 @@
 
 A mark is the record of one complete pass. The taint says that a volume may hold a mixture of two
 states (a resync began and did not end). Beside the last pass of a copy stands when all of it was
-walked last, and when verified. One small file for each mark and one for the taint, in one folder: a
-pass of one volume writes one block, whatever the number of volumes.
+walked last, and when verified, and beside any mark what the volume was called here, for the day it
+is not mounted any more. One small file for each mark and one for the taint, in one folder: a pass
+of one volume writes one block, whatever the number of volumes.
 
 Nothing is ever guessed. A mark that cannot be read is no mark; a taint file that cannot be read, or
 is missing beside marks, taints everything. Decides nothing but `wholeness`, which is takeover
@@ -18,19 +19,21 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nfsha.core.model import Epoch
 from nfsha.replica.durable import read_small, write_durably
 from nfsha.replica.volume_facts import (
     VolumeError,
     VolumeFacts,
+    cut,
     epoch_as_json,
     epoch_from_json,
     is_identity,
+    is_text,
 )
 
 EVERYTHING: Final = "*"
@@ -39,15 +42,18 @@ EVERYTHING: Final = "*"
 VERSION: Final = 1
 MAX_MARKS: Final = 4096
 MAX_BYTES: Final = 4096  # of one mark's file; a real one has about 500
+MAX_NAME_BYTES: Final = 32 << 10  # PATH_MAX bytes, each in JSON's longest spelling
 MAX_TAINT_BYTES: Final = 1 << 20  # MAX_MARKS volumes, each with a short reason
 MAX_WHY: Final = 200
 WALKS: Final = ("full", "folders", "verify", "handover")
 _NUMBER_LIMIT: Final = (1 << 63) - 1
 _TAINT: Final = "taint"
 _WALKED: Final = "walked"
+_NAME: Final = "name"
 _SHOWN_MAX: Final = 3  # reasons in one sentence
 
 Document = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class MarksError(Exception):
@@ -106,14 +112,14 @@ def mark_from_json(document: object) -> Mark:
     for name in _NUMBERS:
         value = document[name]
         if type(value) is not int or not 0 <= value <= _NUMBER_LIMIT:
-            raise MarksError(f"a mark with {name} {value!r:.40}, expected a number from 0 on")
+            raise MarksError(f"a mark with {name} {cut(value)}, expected a number from 0 on")
     if not is_identity(document["volume"]):
-        raise MarksError(f"a mark of {document['volume']!r:.80}, expected a volume's UUID")
+        raise MarksError(f"a mark of {cut(document['volume'])}, expected a volume's UUID")
     if document["walk"] not in WALKS:
-        raise MarksError(f"a mark with walk {document['walk']!r:.40}, expected one of {WALKS}")
+        raise MarksError(f"a mark with walk {cut(document['walk'])}, expected one of {WALKS}")
     changes = document["changes_id"]
     if not isinstance(changes, str) or len(changes) > 64 or not changes.isascii():
-        raise MarksError(f"a mark with changes_id {changes!r:.80}, expected a short text")
+        raise MarksError(f"a mark with changes_id {cut(changes)}, expected a short text")
     try:
         epoch = epoch_from_json(document["epoch"])
     except VolumeError as error:
@@ -146,6 +152,7 @@ class MarkStore:
         self._own: dict[str, Mark] = {}
         self._peer: dict[str, Mark] = {}
         self._walked: dict[str, Walked] = {}
+        self._names: dict[str, str] = {}
         # Until `load` has said otherwise nothing here is to be relied upon.
         self._taint: dict[str, str] = {EVERYTHING: "the marks were not read yet"}
 
@@ -169,6 +176,16 @@ class MarkStore:
             return None
         then_ns = walked.verify_ns if walk == "verify" else walked.full_ns
         return max(0, now_ns - then_ns) // 1_000_000
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each volume of which there is a mark was called here last, by UUID."""
+        return self._names
+
+    @property
+    def taints(self) -> dict[str, str]:
+        """Why volumes are tainted, by UUID; `EVERYTHING` stands for all of them."""
+        return self._taint
 
     @property
     def tainted(self) -> frozenset[str]:
@@ -238,38 +255,70 @@ class MarkStore:
             kept = {} if uuids is None else {k: v for k, v in self._taint.items() if k not in uuids}
             self._set_taint(kept)
 
-    def forget_all_but(self, uuids: Collection[str]) -> None:
-        """Removes the marks, own and peer's, of volumes that are no more. Taints stay."""
+    def put_names(self, names: Mapping[str, str]) -> None:
+        """Records what volumes are called here, of those of which there is a mark."""
         with self._lock:
-            for side, known in (("own", self._own), ("peer", self._peer)):
-                for uuid in known.keys() - set(uuids):
-                    self._remove(f"{side}-{uuid}")
-            self._forget_walks(uuids)
-            self._own = {uuid: mark for uuid, mark in self._own.items() if uuid in uuids}
-            self._peer = {uuid: mark for uuid, mark in self._peer.items() if uuid in uuids}
+            kept = self._own.keys() | self._peer.keys()
+            for uuid, name in names.items():
+                if uuid in kept and self._names.get(uuid) != name:
+                    self._write(f"{_NAME}-{uuid}", {"volume": uuid, "name": name})
+                    self._names = {**self._names, uuid: name}
+            self._forget_names(kept)
+
+    def forget(self, uuid: str) -> tuple[str, ...]:
+        """Removes all that is known of a volume that is no more; says in words what that was.
+
+        A taint of everything stays. MarksError when the disk refuses; then say it again.
+        """
+        with self._lock:
+            found = tuple(self._known_of(uuid))
+            # The name is last: by it an operator calls again what a crash has left half forgotten.
+            for side in (_WALKED, "own", "peer"):
+                self._remove(f"{side}-{uuid}")
+            self._walked, self._own, self._peer = (
+                _without(self._walked, uuid), _without(self._own, uuid), _without(self._peer, uuid)
+            )  # fmt: skip
+            self._set_taint(_without(self._taint, uuid))
+            self._forget_names(self._names.keys() - {uuid})
+            return found
+
+    def _known_of(self, uuid: str) -> Iterator[str]:
+        if uuid in self._own:
+            yield f"the last pass into this node (epoch {self._own[uuid].epoch.number})"
+        if uuid in self._peer:
+            yield f"the last pass into the other node (epoch {self._peer[uuid].epoch.number})"
+        if uuid in self._walked:
+            yield "when it was walked and verified"
+        if uuid in self._taint:
+            yield f"its taint ({self._taint[uuid]})"
 
     def _load(self) -> list[str]:
         self.path.mkdir(mode=0o755, exist_ok=True)
         names = sorted(entry.name for entry in self.path.iterdir())
         found: dict[str, dict[str, Mark]] = {"own": {}, "peer": {}}
         walked: dict[str, Walked] = {}
+        called: dict[str, str] = {}
         reports = []
         for name in names:
             side, _, uuid = name.partition("-")
-            if side not in (*found, _WALKED) or not is_identity(uuid):
+            if side not in (*found, _WALKED, _NAME) or not is_identity(uuid):
                 continue  # the taint, what was moved aside, what a crash left half written
+            limit_bytes = MAX_NAME_BYTES if side == _NAME else MAX_BYTES
             try:
-                payload = _decode(read_small(self.path / name, MAX_BYTES))
+                payload = _decode(read_small(self.path / name, limit_bytes))
                 if payload.get("volume") != uuid:
-                    raise MarksError(f"a mark of the volume {payload.get('volume')!r:.80}")
+                    raise MarksError(f"a mark of the volume {cut(payload.get('volume'))}")
                 if side == _WALKED:
                     walked[uuid] = _walked_from(payload)
+                elif side == _NAME:
+                    called[uuid] = _name_from(payload)
                 else:
                     found[side][uuid] = mark_from_json(payload)
             except (MarksError, OSError) as error:
                 reports.append(f"{self._moved_aside(name, error)}; it counts as no mark")
         self._own, self._peer = _with({}, found["own"].values()), _with({}, found["peer"].values())
         self._walked = {uuid: one for uuid, one in walked.items() if uuid in self._own}
+        self._names = called
         return reports + self._load_taint(bool(names))
 
     def _load_taint(self, was_used: bool) -> list[str]:
@@ -311,7 +360,12 @@ class MarkStore:
         """Of copies that are no more."""
         for uuid in self._walked.keys() - set(known):
             self._remove(f"{_WALKED}-{uuid}")
-            self._walked = {one: kept for one, kept in self._walked.items() if one != uuid}
+            self._walked = _without(self._walked, uuid)
+
+    def _forget_names(self, kept: Collection[str]) -> None:
+        for uuid in self._names.keys() - set(kept):
+            self._remove(f"{_NAME}-{uuid}")
+            self._names = _without(self._names, uuid)
 
     def _set_taint(self, taint: dict[str, str]) -> None:
         if taint != self._taint:
@@ -413,6 +467,10 @@ def _with(known: Mapping[str, Mark], marks: Iterable[Mark]) -> dict[str, Mark]:
     return {mark.volume: mark for mark in newest}
 
 
+def _without(known: Mapping[str, _T], uuid: str) -> dict[str, _T]:
+    return {one: kept for one, kept in known.items() if one != uuid}
+
+
 def _encode(payload: Document) -> bytes:
     envelope = {"nfsha_marks": VERSION, "sha256": _checksum(payload), "payload": payload}
     return _canonical(envelope)
@@ -442,10 +500,17 @@ def _walked_from(payload: Document) -> Walked:
     return Walked(**payload)
 
 
+def _name_from(payload: Document) -> str:
+    name = payload.get("name")
+    if set(payload) != {"volume", "name"} or not is_text(name) or not isinstance(name, str):
+        raise MarksError(f"a volume's name {cut(name)}")
+    return name
+
+
 def _taint_from(payload: Document) -> dict[str, str]:
     for uuid, why in payload.items():
         if (uuid != EVERYTHING and not is_identity(uuid)) or not isinstance(why, str) or not why:
-            raise MarksError(f"a taint of {uuid!r:.80} because of {why!r:.80}")
+            raise MarksError(f"a taint of {cut(uuid)} because of {cut(why)}")
     return dict(payload)
 
 

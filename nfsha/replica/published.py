@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nfsha.replica.durable import read_small
+from nfsha.replica.volume_facts import cut
 
 MAX_BYTES = 16 << 20
 """The largest file: 50,000 folders with paths of 300 bytes. Above it a full walk is cheaper."""
@@ -123,7 +124,7 @@ def read_published(data: bytes) -> Published:
 def last_run_path(folder: Path, uuid: str) -> Path:
     """Where the journal of a volume keeps what is not acknowledged yet."""
     if _NAME.fullmatch(uuid) is None:
-        raise ChangesError(f"{uuid!r} is not the identity of a volume")
+        raise ChangesError(f"{cut(uuid)} is not the identity of a volume")
     return folder / f"changes-{uuid}"
 
 
@@ -164,10 +165,10 @@ def _parse_header(text: bytes) -> dict[str, Any]:
 def _with_header(header: dict[str, Any], folders: tuple[tuple[bytes, int], ...]) -> Published:
     for key in ("first", "last", "complete_from", "as_of_ns"):
         if type(header[key]) is not int or not 0 <= header[key] <= _MAX_NUMBER:
-            raise ChangesError(f"the list of changes has {key} {header[key]!r}")
+            raise ChangesError(f"the list of changes has {key} {cut(header[key])}")
     for key, pattern in (("uuid", _NAME), ("journal_id", _ID)):
         if not isinstance(header[key], str) or pattern.fullmatch(header[key]) is None:
-            raise ChangesError(f"the list of changes has {key} {header[key]!r}")
+            raise ChangesError(f"the list of changes has {key} {cut(header[key])}")
     reason = header["walk_reason"]
     if not isinstance(reason, str) or len(reason) > MAX_REASON_CHARS:
         raise ChangesError("the list of changes has no readable reason for a full walk")

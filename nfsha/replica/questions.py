@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,7 +85,7 @@ class Asking:
 def _read(path: Path, question: SuspectQuestion) -> tuple[SuspectAnswer, ...]:
     try:
         document = json.loads(read_small(path, MAX_ANSWER_BYTES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SuspectError(f"it cannot be read: {error}") from error
     return suspects.answers_from_json(document, question)
 
@@ -97,19 +97,16 @@ class Answering:
         self._public = public
         self._busy: set[str] = set()
 
-    async def heard(self, questions: object, volume: Callable[[str], VolumeFacts | None]) -> None:
+    async def heard(
+        self,
+        questions: Iterable[SuspectQuestion],
+        volume: Callable[[str], VolumeFacts | None],
+    ) -> None:
         """Answers what is asked and not answered yet, and forgets what is asked no more.
 
-        `volume` gives the volume here that bears an identity. Malformed questions are logged.
+        `volume` gives the volume here that bears an identity.
         """
-        asked = {}
-        for one in questions if isinstance(questions, list) else ():
-            try:
-                question = SuspectQuestion.from_json(one["question"])
-            except (SuspectError, KeyError, TypeError) as error:
-                log.warning("a question of the other node is refused: %s", error)
-                continue
-            asked[question_id(question)] = question
+        asked = {question_id(question): question for question in questions}
         for name in await asyncio.to_thread(names_after, self._public, _PREFIX):
             if name not in asked:
                 with contextlib.suppress(FileNotFoundError):

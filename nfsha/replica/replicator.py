@@ -12,27 +12,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nfsha.config import IPAddress, Settings
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
-from nfsha.replica import rsync_version, volumes
+from nfsha.replica import exchange, forgetting, rsync_version, volumes
 from nfsha.replica.child import end_leftovers
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
+from nfsha.replica.exchange import ExchangeError
 from nfsha.replica.fetching import Fetching
+from nfsha.replica.forgetting import NotForgottenError
 from nfsha.replica.inventory import Inventory, Pair
-from nfsha.replica.marks import (
-    Mark,
-    MarksError,
-    MarkStore,
-    mark_as_json,
-    mark_from_json,
-    wholeness,
-)
+from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
 from nfsha.replica.pull import From
 from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
@@ -40,7 +35,7 @@ from nfsha.replica.receiving import Receiving
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.serving import Serving
 from nfsha.replica.source import RSYNC, Source, epoch_token
-from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json, from_json
+from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +49,12 @@ LOOK_EVERY_S = 5.0
 """How often the filesystems are looked at while nothing else asks."""
 
 TOLD_WITHIN_S = 5.0
-"""A peer that is heard tells its volumes in a fraction of this."""
+"""A peer that is heard tells its volumes in a fraction of this; and ours are seen in less."""
+
+_UNTOLD = (
+    f"the other node has not told its volumes within {TOLD_WITHIN_S:.0f} s: `nfsha status` says "
+    "whether it is heard"
+)
 
 Facts = dict[str, Any]
 
@@ -137,6 +137,8 @@ class Replicator:
         self._epoch: Epoch | None = None
         self._reported: ReplicaChanged | None = None
         self._told: Facts | None = None
+        self._taints_there: Mapping[str, str] = {}
+        self._refused = ""
         self._bell = asyncio.Event()
         self._known = asyncio.Event()
         self._serving_task: asyncio.Task[None] | None = None
@@ -239,6 +241,7 @@ class Replicator:
             if not isinstance(self._flow, Offer):  # `serving` looks by itself
                 await self.inventory.look()
             await self._pair_up()
+            await self._name_volumes()
             self.fetching.follow_volumes()
             if isinstance(self._flow, Fetch) and self.inventory.there is not None:
                 self._known.set()
@@ -321,6 +324,13 @@ class Replicator:
             if here.identity is None and here.empty and not here.failing:
                 await self._adopt(here, there.identity, pair=False)
 
+    async def _name_volumes(self) -> None:
+        """Keeps what volumes are called, for the day when one of them is missing."""
+        known = self.store.own.keys() | self.store.peer.keys()
+        called = {one.identity: one.name for one in self.inventory.here if one.identity in known}
+        if called.items() - self.store.names.items():
+            await self._remember(self.store.put_names, called)
+
     async def _adopt(self, here: VolumeFacts, uuid: str, *, pair: bool) -> None:
         try:
             await asyncio.to_thread(volumes.write_identity, here, uuid, pair=pair)
@@ -357,10 +367,10 @@ class Replicator:
             return False, self.inventory.trouble
         missing = [uuid for uuid in self.store.own if self.inventory.by_uuid(uuid) is None]
         if missing:
-            marks = self._settings.paths.state / "marks"
+            called = ", ".join(self.store.names.get(uuid, uuid) for uuid in missing)
             return False, (
-                f"a volume that was copied is not mounted here: {', '.join(missing)} (if it was "
-                f"removed for good: remove {marks}/own-UUID and restart nfsha)"
+                f"a volume that was copied is not mounted here: {called} (if it was removed for "
+                "good: `nfsha volumes forget`)"
             )
         return wholeness(
             self._paired(), self.store, epoch, time.time_ns(), self._settings.sync.max_data_age_ms
@@ -376,29 +386,26 @@ class Replicator:
         ]  # fmt: skip
 
     def _own_facts(self) -> Facts:
-        return {
-            "nfsha_node": 1,
-            "volumes": [as_json(one) for one in self.inventory.here],
-            "marks": [mark_as_json(mark) for mark in self.store.own.values()],
-            "tainted": sorted(self.store.tainted),
-            "questions": self.fetching.asking.as_json(),
-        }
+        return exchange.own_facts(self.inventory.here, self.store, self.fetching.asking.as_json())
 
     async def heard(self, facts: object) -> None:
-        """Takes the other node's facts. What is malformed changes nothing, and is logged."""
+        """Takes the other node's facts. What is malformed changes nothing, and is logged once."""
         try:
-            there, told = _read_node(facts)
-        except (VolumeError, MarksError) as error:
-            log.warning("the other node's facts are refused: %s", error)
+            told = await asyncio.to_thread(exchange.read_node, facts)
+        except ExchangeError as error:
+            if str(error) != self._refused:
+                log.warning("the other node's facts are refused: %s", error)
+            self._refused = str(error)
             return
-        self.inventory.there = there
+        self._refused = ""
+        self.inventory.hear(told.volumes)
+        self._taints_there = told.tainted
         if isinstance(self._flow, Offer):
-            await self._remember(self.store.put_peer, told)
+            await self._remember(self.store.put_peer, told.marks)
             self.serving.acknowledge(
-                {mark.volume: (mark.changes_id, mark.changes_seq) for mark in told}
+                {mark.volume: (mark.changes_id, mark.changes_seq) for mark in told.marks}
             )
-            if isinstance(facts, Mapping):
-                await self.answering.heard(facts.get("questions"), self.inventory.by_uuid)
+            await self.answering.heard(told.questions, self.inventory.by_uuid)
         self._bell.set()
 
     async def _remember(self, call: Callable[..., None], *args: object) -> None:
@@ -453,8 +460,15 @@ class Replicator:
             "here": as_json(pair.here) if pair.here is not None else None,
             **({"there": as_json(pair.there) if pair.there is not None else None} if told else {}),
             "differs": list(pair.differs),
+            "tainted": self._taint_of(pair.uuid or ""),
             "sync": copy.as_json(mark, age_ms, next_ms),
         }
+
+    def _taint_of(self, uuid: str) -> str:
+        """Why the copy is a mixture of two states; on the source, the copy of the other node."""
+        if not isinstance(self._flow, Offer):
+            return self.store.taint_of(uuid)
+        return self._taints_there.get(uuid) or self._taints_there.get(EVERYTHING, "")
 
     def alarms(self) -> dict[str, str]:
         """What is not as it should be with the copies: names, each with a sentence."""
@@ -570,7 +584,7 @@ class Replicator:
 
         A daemon that has just begun to fetch waits for the list of what there is to fetch.
         """
-        if isinstance(self._flow, Fetch):
+        if isinstance(self._flow, Fetch) and self._flow.start:
             await self._know_the_volumes()
         chosen = self.chosen(name)
         if self.fetching.schedule.paused:
@@ -587,16 +601,21 @@ class Replicator:
         return []
 
     async def _know_the_volumes(self) -> None:
-        try:
-            async with asyncio.timeout(TOLD_WITHIN_S):
-                await self._known.wait()
-        except TimeoutError:
-            if not isinstance(self._flow, Fetch):
-                return  # who asked is told what runs instead
-            raise ReplicaError(
-                f"the other node has not told its volumes within {TOLD_WITHIN_S:.0f} s: "
-                "`nfsha status` says whether it is heard"
-            ) from None
+        if not await _within(self._known.wait()) and isinstance(self._flow, Fetch):
+            raise ReplicaError(_UNTOLD)
+
+    async def seen(self) -> None:
+        """Waits until the volumes here were looked at: a daemon that has just begun knows none.
+
+        Raises ReplicaError when that takes too long.
+        """
+        if not await _within(self.inventory.looked.wait()):
+            raise ReplicaError(f"the volumes are not looked at yet: {self.inventory.trouble}")
+
+    async def _both_seen(self) -> None:
+        await self.seen()
+        if not await _within(self.inventory.told.wait()):
+            raise ReplicaError(_UNTOLD)
 
     def _accept(self, chosen: Sequence[str], accepted: str) -> None:
         for uuid in chosen:
@@ -631,6 +650,7 @@ class Replicator:
 
     async def pair(self, name: str) -> str:
         """Pairs a volume here, which may hold data, with the other node's of the same name."""
+        await self._both_seen()
         here = self.inventory.by_name(name)
         there = next((one for one in self.inventory.there or () if one.name == name), None)
         if here is None or there is None:
@@ -650,6 +670,26 @@ class Replicator:
         await self._adopt(here, there.identity, pair=True)
         self._bell.set()
         return f"volume {name} is paired: what lies there goes to quarantine as it is replaced"
+
+    async def forget(self, wanted: str) -> str:
+        """Forgets a volume that was removed for good, by its name or UUID; says what that was."""
+        await self._both_seen()
+        await self.inventory.look()
+        try:
+            uuid = forgetting.choose(wanted, self.inventory, self.store)
+        except NotForgottenError as error:
+            raise ReplicaError(str(error)) from error
+        called = self.store.names.get(uuid, "without a name")
+        try:
+            found = await asyncio.to_thread(
+                forgetting.forget, uuid, self.store, self._settings.paths.state / "changes"
+            )
+        except MarksError as error:
+            raise ReplicaError(f"{error}; mend that, and repeat") from error
+        words = f"volume {called} ({uuid}) is forgotten: {', '.join(found) or 'nothing was left'}"
+        log.warning("%s", words)
+        self._changed()
+        return words
 
     # ------------------------------------------------------------- quarantine
 
@@ -720,13 +760,11 @@ def _wall(moment_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment_ns / 1e9))
 
 
-def _read_node(facts: object) -> tuple[tuple[VolumeFacts, ...], list[Mark]]:
-    if not isinstance(facts, Mapping) or facts.get("nfsha_node") != 1:
-        raise VolumeError("they are of another version of nfsha")
-    listed, told = facts.get("volumes"), facts.get("marks")
-    if not isinstance(listed, list) or not isinstance(told, list):
-        raise VolumeError("they are incomplete")
-    return (
-        tuple(from_json(one) for one in listed),
-        [mark_from_json(one) for one in told],
-    )
+async def _within(waiting: Coroutine[Any, Any, object]) -> bool:
+    """Whether what is waited for came in time."""
+    try:
+        async with asyncio.timeout(TOLD_WITHIN_S):
+            await waiting
+    except TimeoutError:
+        return False
+    return True

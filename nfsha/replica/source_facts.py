@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from nfsha.core.model import Epoch
 from nfsha.replica.durable import read_small
@@ -41,17 +42,17 @@ def read_facts(path: Path) -> SourceFacts:
     """Reads what the source published. Raises OSError or VolumeError for anything else."""
     try:
         document = json.loads(read_small(path, MAX_FACTS_BYTES))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VolumeError(f"the source's facts are no JSON: {error}") from error
     if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
     stamped_ns = document.get("stamped_ns")
     if (
-        not isinstance(as_of_ns, int)
+        not _is_time(as_of_ns)
         or not isinstance(listed, list)
         or not isinstance(stamped_ns, dict)
-        or not all(isinstance(one, int) for one in stamped_ns.values())
+        or not all(map(_is_time, stamped_ns.values()))
     ):
         raise VolumeError("the source's facts are incomplete")
     return SourceFacts(
@@ -60,3 +61,8 @@ def read_facts(path: Path) -> SourceFacts:
         tuple(from_json(one) for one in listed),
         stamped_ns,
     )
+
+
+def _is_time(value: object) -> TypeGuard[int]:
+    """Nanoseconds since 1970, as a mark can keep them."""
+    return type(value) is int and 0 <= value < 1 << 63

@@ -24,6 +24,7 @@ from typing import Any, Final, Protocol, Self
 
 from nfsha.replica import beneath
 from nfsha.replica.beneath import shown
+from nfsha.replica.volume_facts import cut
 from nfsha.replica.volumes import STAMP_NAME
 
 MAX_SUSPECTS: Final = 1000
@@ -71,7 +72,7 @@ class SuspectQuestion:
     def __post_init__(self) -> None:
         """Refuses (SuspectError) what no node may ask: too much, or names that lead elsewhere."""
         if not _UUID.fullmatch(self.uuid):
-            raise SuspectError(f"{self.uuid!r} is no volume's UUID")
+            raise SuspectError(f"{cut(self.uuid)} is no volume's UUID")
         if len(self.names) > MAX_SUSPECTS or sum(map(len, self.names)) > MAX_NAMES_BYTES:
             raise SuspectError(
                 f"more than {MAX_SUSPECTS} names, or {MAX_NAMES_BYTES} bytes of them"
@@ -80,9 +81,9 @@ class SuspectQuestion:
             try:
                 parts = beneath.parts_of(name)
             except ValueError as error:
-                raise SuspectError(f"{shown(name)!r}: {error}") from error
+                raise SuspectError(f"{cut(shown(name))}: {error}") from error
             if parts[0].startswith(_OWN):
-                raise SuspectError(f"{shown(name)!r}: a name that nfsha keeps for itself")
+                raise SuspectError(f"{cut(shown(name))}: a name that nfsha keeps for itself")
 
     def to_json(self) -> Document:
         """What JSON can carry."""
@@ -133,7 +134,7 @@ class SuspectAnswer:
         fields = _fields(document, {*_NUMBERS, "name", "sha256", "problem"})
         for key in _NUMBERS:
             if type(fields[key]) is not int or not -(1 << 63) <= fields[key] < 1 << 63:
-                raise SuspectError(f"{key} is {fields[key]!r}, expected a whole number")
+                raise SuspectError(f"{key} is {cut(fields[key])}, expected a whole number")
         sha256, problem = fields["sha256"], fields["problem"]
         if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise SuspectError("sha256 is neither null nor 64 hex digits")

@@ -5,7 +5,9 @@ Plain values; it reads nothing and asks nobody.
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -137,6 +139,9 @@ _NUMBERS: Final = ("device_number", "size_bytes", "free_bytes", "inodes", "free_
 _TEXTS: Final = ("name", "device", "fstype", "options", "failing", "refused")
 _FLAGS: Final = ("read_only", "empty")
 _TEXT_LIMIT: Final = 4096  # PATH_MAX; a sentence is far shorter
+_REPR: Final = reprlib.Repr()
+_REPR.maxlevel = 3  # `repr` itself fails on what is nested deeper than Python calls
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 _NUMBER_LIMIT: Final = (1 << 64) - 1
 
 
@@ -157,14 +162,14 @@ def from_json(document: object) -> VolumeFacts:
     for name in _NUMBERS:
         _require(type(values[name]) is int and 0 <= values[name] <= _NUMBER_LIMIT, name, values)
     for name in _TEXTS:
-        _require(_is_text(values[name]), name, values)
+        _require(is_text(values[name]), name, values)
     for name in _FLAGS:
         _require(isinstance(values[name], bool), name, values)
     for name in ("fs_uuid", "identity"):
-        _require(values[name] is None or _is_text(values[name]), name, values)
+        _require(values[name] is None or is_text(values[name]), name, values)
     _require(values["identity"] is None or is_identity(values["identity"]), "identity", values)
     _require(_is_relative(values["name"]), "name", values)
-    _require(_is_text(values["path"]) and values["path"].startswith("/"), "path", values)
+    _require(is_text(values["path"]) and values["path"].startswith("/"), "path", values)
     values["path"] = Path(values["path"])
     values["stamp"] = None if values["stamp"] is None else epoch_from_json(values["stamp"])
     return VolumeFacts(**values)
@@ -178,7 +183,7 @@ def epoch_as_json(epoch: Epoch) -> Document:
 def epoch_from_json(document: object) -> Epoch:
     """Returns the epoch of a document; VolumeError for anything that is none."""
     if not isinstance(document, dict) or set(document) != {"number", "id", "authority"}:
-        raise VolumeError(f"{_cut(document)} is not an epoch")
+        raise VolumeError(f"{cut(document)} is not an epoch")
     number, identity, authority = document["number"], document["id"], document["authority"]
     if (
         type(number) is not int
@@ -187,7 +192,7 @@ def epoch_from_json(document: object) -> Epoch:
         or not re.fullmatch(r"[0-9a-f]{16}", identity)
         or authority not in (Role.PRIMARY.value, Role.STANDBY.value)
     ):
-        raise VolumeError(f"{_cut(document)} is not an epoch")
+        raise VolumeError(f"{cut(document)} is not an epoch")
     return Epoch(number=number, id=identity, authority=Role(authority))
 
 
@@ -196,8 +201,23 @@ def is_identity(value: object) -> bool:
     return isinstance(value, str) and _UUID.fullmatch(value) is not None
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _TEXT_LIMIT and "\0" not in value
+def is_text(value: object) -> bool:
+    """Whether this is a text that a file's name, or a sentence, can be; never longer than 4096.
+
+    A lone surrogate that stands for no byte is none: it could be neither opened nor printed.
+    """
+    if not isinstance(value, str) or len(value) > _TEXT_LIMIT or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def cut(value: object) -> str:
+    """What somebody else sent, for a sentence: short, whatever it is and however deep."""
+    return _REPR.repr(value)[:80]
 
 
 def _is_relative(name: str) -> bool:
@@ -206,8 +226,4 @@ def _is_relative(name: str) -> bool:
 
 def _require(good: bool, name: str, values: Document) -> None:
     if not good:
-        raise VolumeError(f"facts of a volume with {name} {_cut(values[name])}")
-
-
-def _cut(value: object) -> str:
-    return repr(value)[:80]
+        raise VolumeError(f"facts of a volume with {name} {cut(values[name])}")

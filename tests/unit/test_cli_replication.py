@@ -376,6 +376,7 @@ Said = pytest.CaptureFixture[str]
     "command",
     [
         ["volumes"], ["volumes", "pair", "data", "--yes"], ["sync"], ["sync", "--wait"],
+        ["volumes", "forget", "data", "--yes"],
         ["sync", "--pause"], ["sync", "--accept-deletes", "12345678"], ["quarantine", "list"],
         ["quarantine", "drop", ENTRY, "--yes"],
     ],
@@ -503,6 +504,9 @@ def test_a_plan_of_two_volumes_wants_the_volume(daemon: Daemon, capsys: Said) ->
     daemon.answers["volumes"] = answer(volume())
     assert main(["sync", "--accept-deletes", "1a2b3c4d"]) == Exit.REFUSED
     assert "no deletions are held" in said(capsys)[1]
+    daemon.answers["volumes"] = answer(volume(), running())
+    assert main(["sync", "--accept-deletes", "1a2b3c4d"]) == Exit.REFUSED
+    assert "a pass runs: it may make the plan, repeat when it has ended" in said(capsys)[1]
     assert main(["sync", "--accept-deletes", "1a2b3c4"]) == Exit.USAGE
 
 
@@ -597,6 +601,28 @@ def test_a_pair_is_made(daemon: Daemon, capsys: Said) -> None:
     assert "add --yes" in said(capsys)[1]
     assert main(["volumes", "pair", "data", "--yes", "--json"]) == Exit.DONE
     assert json.loads(said(capsys)[0])["uuid"] == "i"
+
+
+def test_a_volume_is_forgotten_when_it_was_confirmed(daemon: Daemon, capsys: Said) -> None:
+    daemon.answers["volumes-forget"] = {"ok": True, "why": "volume a\\x0ab (i) is forgotten"}
+    assert main(["volumes", "forget", "a\\x0ab"]) == Exit.USAGE
+    assert daemon.asked == []
+    assert "add --yes" in said(capsys)[1]
+    assert main(["volumes", "forget", "a\\x0ab", "--yes"]) == Exit.DONE
+    assert said(capsys)[0] == "done: volume a\\x0ab (i) is forgotten\n"
+    assert daemon.asked == [("volumes-forget", {"volume": "a\nb"})]
+    daemon.answers["volumes-forget"] = control.CommandError("it is mounted", {"refused": True})
+    assert main(["volumes", "forget", "i", "--yes"]) == Exit.REFUSED
+    assert "it is mounted" in said(capsys)[1]
+
+
+def test_a_copy_that_is_half_of_another_state_is_told_on_both_nodes() -> None:
+    one = volume() | {"tainted": "resync to epoch 8"}
+    for way in ({}, {"mode": "source", "source": {"running": True}}):
+        text = " ".join(render_volumes.volumes(answer(one, **way), Style()).split())
+        assert "data: paired; the copy is 12 s old; NO WHOLE COPY (resync to epoch 8); " in text
+        assert "NO WHOLE COPY (resync to epoch 8)" in render_volumes.brief(answer(one, **way))[0]
+    assert "NO WHOLE COPY" not in render_volumes.brief_line(volume() | {"tainted": ""})
 
 
 # --------------------------------------------------------------------------- quarantine

@@ -69,6 +69,9 @@ class Many:
         self.looked = asyncio.Event()
         self.one_pass: Callable[[Facts], Coroutine[None, None, bool]] = self._pass
 
+    async def seen(self) -> None:
+        pass
+
     def facts(self) -> Facts:
         self.looked.set()
         now = [one | {"sync": one["sync"].copy()} for one in self.listed]

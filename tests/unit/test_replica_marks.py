@@ -149,15 +149,80 @@ def test_dicts_that_were_given_out_do_not_change(store: MarkStore) -> None:
     assert taken == {FIRST: mark(FIRST)}
 
 
-def test_volumes_that_are_no_more_are_forgotten_but_not_their_taint(store: MarkStore) -> None:
-    store.put_own(mark(FIRST))
+def test_a_volume_that_is_no_more_is_forgotten_with_all_that_was_known(store: MarkStore) -> None:
+    for volume in (FIRST, SECOND):
+        store.put_own(mark(volume))
     store.put_peer([mark(FIRST), mark(SECOND)])
-    store.taint([FIRST], "a resync")
-    store.forget_all_but([SECOND])
+    store.put_names({FIRST: "data", SECOND: "other"})
+    store.taint([FIRST, SECOND], "a resync")
+    assert store.forget(FIRST) == (
+        "the last pass into this node (epoch 7)",
+        "the last pass into the other node (epoch 7)",
+        "when it was walked and verified",
+        "its taint (a resync)",
+    )
+    assert [path for path in store.path.iterdir() if FIRST in path.name] == []
     for one in (store, again(store)[0]):
-        assert one.own == {}
-        assert one.peer == {SECOND: mark(SECOND)}
-        assert one.tainted == {FIRST}
+        assert one.own == one.peer == {SECOND: mark(SECOND)}
+        assert one.names == {SECOND: "other"}
+        assert one.tainted == {SECOND}
+        assert ages(one) == (None, None)
+        assert None not in ages(one, SECOND)
+        assert one.forget(FIRST) == ()
+
+
+def test_what_a_crash_left_half_forgotten_is_called_by_its_name_again(
+    store: MarkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_own(mark())
+    store.put_peer([mark()])
+    store.put_names({FIRST: "data"})
+    real = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("peer-"):
+            raise OSError(errno.EIO, "the disk is gone")
+        real(path, missing_ok)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", fail)
+        with pytest.raises(MarksError, match="cannot remove"):
+            store.forget(FIRST)
+    found, reports = again(store)
+    assert (reports, found.own, found.names) == ((), {}, {FIRST: "data"})
+    assert found.forget(FIRST) == ("the last pass into the other node (epoch 7)",)
+    assert again(store)[0].names == {}
+
+
+def test_names_are_kept_as_long_as_there_is_a_mark(
+    store: MarkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = "/".join(["\udcff" * 255] * 15)
+    store.put_names({FIRST: "no mark, no name"})
+    assert store.names == {}
+    store.put_own(mark(FIRST))
+    store.put_peer([mark(SECOND)])
+    store.put_names({FIRST: longest, SECOND: "data"})
+    assert again(store)[0].names == {FIRST: longest, SECOND: "data"}
+    before = (store.path / f"name-{FIRST}").stat().st_ino
+    store.put_names({FIRST: longest, SECOND: "renamed"})
+    assert (store.path / f"name-{FIRST}").stat().st_ino == before
+    assert again(store)[0].names[SECOND] == "renamed"
+    monkeypatch.setattr(marks_module, "MAX_MARKS", 1)
+    third = str(uuid.UUID(int=3))
+    store.put_own(mark(third, started_ns=NOW_NS))
+    store.put_names({third: "new"})
+    assert store.names == {SECOND: "renamed", third: "new"}
+
+
+@pytest.mark.parametrize("garbage", [b"", {"volume": FIRST}, {"volume": FIRST, "name": 7}])
+def test_a_name_that_cannot_be_read_is_none(store: MarkStore, garbage: bytes | dict) -> None:  # type: ignore[type-arg]
+    store.put_own(mark())
+    store.put_names({FIRST: "data"})
+    data = garbage if isinstance(garbage, bytes) else marks_module._encode(garbage)
+    (store.path / f"name-{FIRST}").write_bytes(data)
+    found, reports = again(store)
+    assert (len(reports), found.own, found.names) == (1, {FIRST: mark()}, {})
 
 
 def test_there_is_an_end_to_the_number_of_marks(
@@ -200,9 +265,6 @@ def test_the_last_full_walk_and_the_last_verify_outlive_the_daemon(store: MarkSt
 def test_walks_go_with_their_mark(store: MarkStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for volume in (FIRST, SECOND):
         store.put_own(mark(volume))
-    store.forget_all_but([SECOND])
-    assert ages(store) == (None, None)
-    assert not (store.path / f"walked-{FIRST}").exists()
     monkeypatch.setattr(marks_module, "MAX_MARKS", 1)
     store.put_own(mark(FIRST, started_ns=NOW_NS))
     assert ages(store, SECOND) == (None, None)
