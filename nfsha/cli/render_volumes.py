@@ -301,7 +301,7 @@ def _journal(sync: Facts) -> str:
     words = [f"{reason} ({number:,})" for reason, number in sorted(walks.items()) if number]
     told = [f"full walks: {', '.join(words)}"] if words else []
     if sync.get("missed_by_journal"):
-        told.append(f"{sync['missed_by_journal']:,} changes were found by full walks only")
+        told.append(f"{count(sync['missed_by_journal'], 'change')} found by full walks only")
     return "; ".join(told)
 
 

@@ -200,6 +200,13 @@ class Fetching:
         for uuid in wanted:
             self._plan(uuid)
 
+    def _copy_of(self, uuid: str) -> Copy:
+        """RefusedError for a volume that has gone meanwhile, from here or from the other node."""
+        copy = self.copies.get(uuid)
+        if copy is None:
+            raise RefusedError("it is not mounted on both nodes any more")
+        return copy
+
     def _plan(self, uuid: str) -> None:
         one = self._inventory.by_uuid(uuid)
         sync = self._sync
@@ -387,7 +394,7 @@ class Fetching:
         scratch, began_ms = self._scratch / f"{uuid}-ahead", self._clocks.now_ms()
         try:
             async with self._found(uuid, epoch, scratch) as found:
-                ahead = await self._looked(self.copies[uuid], found, longest_s)
+                ahead = await self._looked(self._copy_of(uuid), found, longest_s)
         except (RefusedError, *TROUBLES) as error:
             return Ahead(uuid, trouble=str(error))
         return replace(ahead, took_ms=self._clocks.now_ms() - began_ms)
@@ -564,9 +571,9 @@ class Fetching:
         no change since its `mark`.
         """
         scratch = self._scratch / f"{uuid}-proof"
-        folders = self.copies[uuid].folders
-        await asyncio.to_thread(_fresh_folder, scratch)
         try:
+            folders = self._copy_of(uuid).folders
+            await asyncio.to_thread(_fresh_folder, scratch)
             if folders:
                 here = self._inventory.by_uuid(uuid)
                 if here is None:
@@ -601,7 +608,7 @@ class Fetching:
                 checksum=True,
                 name=f"volume {here.name}",
             )
-            outcome = await self._pull(self.copies[here.identity or ""], request, scratch)
+            outcome = await self._pull(self._copy_of(here.identity or ""), request, scratch)
         finally:
             os.close(root_fd)
         if outcome.verdict is not Verdict.COMPLETE:

@@ -514,8 +514,8 @@ class Replicator:
             )
         if copy.missed_by_journal:
             found[f"journal-missed {name}"] = (
-                f"volume {name}: full walks found {copy.missed_by_journal} differences that the "
-                "change journal had not named"
+                f"volume {name}: full walks found what the change journal had not named, "
+                f"{copy.missed_by_journal} in all"
             )
         return found
 

@@ -332,15 +332,18 @@ class Schedule:
     def trigger(self, uuid: str, reason: Reason) -> None:
         """Asks for a pass as soon as there is a place; while one runs, for one more after it.
 
-        Several calls before it begins are one pass. Raises KeyError for a volume that has no plan.
+        Several calls before it begins are one pass. A volume that has no plan any more gets none.
         """
-        self._ask(uuid, reason)
+        if uuid in self._volumes:
+            self._ask(uuid, reason)
 
     async def make(self, uuid: str, reason: Reason) -> bool:
         """Asks as `trigger` does, and waits for the end of that pass.
 
         Returns False when it never came or was broken off: the volume was removed, or `cancel`.
         """
+        if uuid not in self._volumes:
+            return False
         ended = self._ask(uuid, reason).ended
         await asyncio.wait([ended])
         return not ended.cancelled()
@@ -355,9 +358,11 @@ class Schedule:
         """Asks for a pass after a while that doubles with each attempt, counted from 1.
 
         Until then the schedule's own passes of the volume are left out; `trigger` is not held up.
-        Returns the wait in milliseconds. Raises KeyError for a volume that has no plan.
+        Returns the wait in milliseconds. A volume that was removed while its pass ran gets none.
         """
-        volume = self._volumes[uuid]
+        volume = self._volumes.get(uuid)
+        if volume is None:
+            return 0
         self._drop_retry(volume)
         wait_ms = retry_wait_ms(attempt)
         timer = asyncio.get_running_loop().call_later(wait_ms / 1000, self._retry_due, uuid)

@@ -30,6 +30,10 @@ class Copies(Pair):
         """
         self.start()
         self.wait_phase("a", "ACTIVE")
+        self.wait_whole(*names)
+
+    def wait_whole(self, *names: str) -> None:
+        """Waits until the standby is a whole replica, as `settle_whole` does."""
         self.wait_phase("b", "PASSIVE", within_s=20)
         for name in names or ("data",):
             self.wait(lambda name=name: self.mark("b", name) is not None, "a complete pass")  # type: ignore[misc]

@@ -112,6 +112,38 @@ def test_a_volume_on_one_side_only_is_told_and_never_invented(
     assert copies.lab.b.status()["replication"]["whole"] is True
 
 
+def test_a_volume_that_was_removed_for_good_is_forgotten_by_a_command(
+    make_lab: Callable[..., Lab],
+) -> None:
+    copies = Copies(make_lab(volumes=("data", "old")))
+    copies.settle_whole("data", "old")
+    uuid = copies.volume("b", "old")["uuid"]
+    lab = copies.lab
+    for words in ("old", uuid):
+        refused = lab.b.nfsha("volumes", "forget", words, "--yes", check=False)
+        assert (refused.returncode, "is mounted here" in refused.stderr) == (3, True)
+    lab.b.run("umount", "-l", "/nfs/old")
+    copies.wait(lambda: not lab.b.status()["replication"]["whole"], "word of it")
+    text = lab.b.status()["replication"]["text"]
+    assert "not mounted here: old" in text
+    assert "`nfsha volumes forget`" in text
+    refused = lab.b.nfsha("volumes", "forget", "old", "--yes", check=False)
+    assert (refused.returncode, "the other node has this" in refused.stderr) == (3, True)
+
+    lab.a.run("umount", "-l", "/nfs/old")
+    copies.wait(
+        lambda: [one["name"] for one in copies.volumes("b")["volumes"]] == ["data"], "one volume"
+    )
+    said = lab.b.nfsha("volumes", "forget", "old", "--yes").stdout
+    assert f"volume old ({uuid}) is forgotten: the last pass into this node" in said
+    said = lab.a.nfsha("volumes", "forget", uuid, "--yes").stdout
+    assert f"volume old ({uuid}) is forgotten: the last pass into the other node" in said
+    copies.wait(lambda: lab.b.status()["replication"]["whole"], "a whole replica")
+    for node in "ab":
+        assert uuid in lab.node(node).nfsha("volumes", "forget", uuid, "--yes", check=False).stderr
+        assert list((lab.folder / node / "lib").rglob(f"*{uuid}*")) == []
+
+
 # ------------------------------------------------------------------ what is configured
 
 

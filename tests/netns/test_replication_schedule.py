@@ -56,23 +56,38 @@ def test_each_volume_has_its_own_interval_and_its_own_window_at_a_takeover(
     assert windows["often"] < windows["rarely"] - 1
 
 
-def test_a_cron_line_is_met_by_the_local_clock(lab: Lab) -> None:
-    # In a zone of our own a minute begins in six seconds: nobody waits for a full one.
-    begins_s = int(time.time()) + 6
+def test_each_volume_may_have_a_cron_line_that_is_met_by_the_local_clock(
+    make_lab: Callable[..., Lab],
+) -> None:
+    # In a zone of our own a minute begins in eight seconds: nobody waits for a full one.
+    lab = make_lab(volumes=("data", "own"))
+    begins_s = int(time.time()) + 8
+    ahead_s = -begins_s % 60
     for node in (lab.a, lab.b):
-        (node.path("/etc/nfsha") / "zone").write_bytes(_zone(-begins_s % 60))
+        (node.path("/etc/nfsha") / "zone").write_bytes(_zone(ahead_s))
+    half_an_hour_later = ((begins_s + ahead_s) // 60 + 30) % 60
     copies = Copies(
-        lab, sync='[sync]\ncron = "* * * * *"\njitter = "0s"\n', env={"TZ": "/etc/nfsha/zone"}
+        lab,
+        mounts=("/nfs/data", "/nfs/own"),
+        sync=f'[sync]\ncron = "{half_an_hour_later} * * * *"\njitter = "0s"\n'
+        '[[sync.volumes]]\npath = "/nfs/own"\ncron = "* * * * *"\n',
+        env={"TZ": "/etc/nfsha/zone"},
     )
-    copies.settle_whole()
-    (copies.here("a") / "later").write_text("later")
-    first_ns = copies.pass_began_ns()
-    assert first_ns < begins_s * 1e9, "settling took longer than this test can wait"
-    assert time.time() + copies.copy()["next_ms"] / 1000 == pytest.approx(begins_s, abs=0.7)
-    assert copies.names("b") == []
-    copies.wait(lambda: copies.pass_began_ns() != first_ns, "the pass of the cron line")
-    assert copies.pass_began_ns() / 1e9 == pytest.approx(begins_s + 0.5, abs=0.5)
-    assert copies.names("b") == ["later"]
+    copies.settle_whole("data", "own")
+    for name in ("data", "own"):
+        (copies.here("a", name) / "later").write_text("later")
+    first_ns = {name: copies.pass_began_ns(name) for name in ("data", "own")}
+    assert max(first_ns.values()) < begins_s * 1e9, "settling took longer than this test can wait"
+    for name, due_s in (("own", begins_s), ("data", begins_s + 1800)):
+        assert time.time() + copies.copy("b", name)["next_ms"] / 1000 == pytest.approx(
+            due_s, abs=0.7
+        )
+    assert not (copies.here("b", "own") / "later").exists()
+    copies.wait(lambda: copies.pass_began_ns("own") != first_ns["own"], "the pass of the cron line")
+    assert copies.pass_began_ns("own") / 1e9 == pytest.approx(begins_s + 0.5, abs=0.5)
+    assert (copies.here("b", "own") / "later").exists()
+    assert copies.pass_began_ns("data") == first_ns["data"]
+    assert not (copies.here("b", "data") / "later").exists()
 
 
 def _zone(ahead_s: int) -> bytes:
@@ -108,6 +123,26 @@ def test_a_pass_that_outlasts_its_interval_is_not_made_up_for(
     long = [gap for gap in gaps_s if gap > 3]
     assert len(long) == 1, gaps_s
     assert all(gap > 0.7 for gap in gaps_s), gaps_s
+
+
+def test_jitter_delays_passes_and_does_not_add_up(lab: Lab) -> None:
+    every_s, jitter_s, passes = 1.0, 0.5, 10
+    copies = Copies(lab, sync='[sync]\nevery = "1s"\njitter = "500ms"\n')
+    copies.settle_whole()
+    began: list[int] = []
+    copies.wait(
+        lambda: len(_note(began, copies.pass_began_ns())) > passes, "passes", within_s=3 * passes
+    )
+    at_s = [one_ns / 1e9 for one_ns in began[1:]]  # the first one may be that of the start
+    # In each interval there is one, delayed by chance: the last ones by no more than the first.
+    late_s = [one - number * every_s for number, one in enumerate(at_s)]
+    assert 0.1 < max(late_s) - min(late_s) < jitter_s + 0.4, late_s
+
+
+def _note(began: list[int], now_ns: int) -> list[int]:
+    if not began or began[-1] != now_ns:
+        began.append(now_ns)
+    return began
 
 
 def test_a_restart_of_the_daemon_does_not_put_off_full_walks_and_verifies(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -201,6 +202,42 @@ def test_a_renamed_folder_of_ten_thousand_files_moves_without_a_full_walk(
     assert found["state"] != "held" or found["plan"] is None
     assert found["full_walks"] == before
     assert copies.differences() == []
+
+
+def test_what_the_journal_could_not_see_is_found_by_a_full_walk_and_counted(
+    copies: Copies,
+) -> None:
+    (copies.here("a") / "folder").mkdir()
+    mapped, copied = (copies.here(node) / "folder" / "mapped" for node in "ab")
+    mapped.write_bytes(bytes(4096))
+    copies.settle_whole()
+    with mapped.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        copies.sync()
+        memory[:4] = b"seen"  # by a memory mapping on the server: the kernel gives no event
+        memory.flush()
+        (copies.here("a") / "ordinary").write_text("ordinary")
+        copies.sync()
+        assert (copies.here("b") / "ordinary").exists()
+        assert copied.read_bytes() == bytes(4096)
+        assert (copies.copy()["missed_by_journal"], _alarms(copies)) == (0, [])
+        (copies.here("a") / "named").write_text("the list names this one, so the walk finds it not")
+        copies.sync("--full")
+        found = copies.copy()
+        assert found["missed_by_journal"] == 1
+        assert copied.read_bytes()[:4] == b"seen"
+        assert copies.differences() == []
+        (alarm,) = _alarms(copies)
+        assert alarm["name"] == "journal-missed data"
+        assert "what the change journal had not named, 1 in all" in alarm["text"]
+        said = " ".join(copies.lab.b.nfsha("volumes").stdout.split())
+        assert "1 change found by full walks only" in said
+        copies.sync("--full")
+    assert copies.copy()["missed_by_journal"] == 1
+    assert copies.copy()["full_walks"]["the schedule's full walk"] == 2
+
+
+def _alarms(copies: Copies) -> list[dict[str, Any]]:
+    return list(copies.lab.b.status()["alarms"])
 
 
 def test_more_changed_folders_than_the_journal_holds_are_a_full_walk(lab: Lab) -> None:

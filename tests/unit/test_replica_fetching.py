@@ -78,3 +78,27 @@ def test_what_was_late_in_another_epoch_is_forgotten() -> None:
         return passes.made
 
     assert asyncio.run(scene()) == []
+
+
+def test_a_volume_that_goes_while_its_pass_fails_ends_no_daemon() -> None:
+    class Failing(Passes):
+        async def _ordinary_or_full(self, copy: Copy, _epoch: Epoch, reason: Reason) -> None:
+            self.schedule.remove(copy.uuid)  # the other node unmounted it
+            del self.copies[copy.uuid]
+            self.made.append((copy.uuid, reason.kind))
+            raise OSError("the source does not offer it")
+
+    async def scene() -> None:
+        passes = Failing()
+        passes._inventory = cast("Any", SimpleNamespace(name_of=lambda uuid: uuid))
+        passes.start()
+        passes.know("gone")
+        passes.begin(EPOCH)
+        assert await passes.schedule.make("gone", Reason(Cause.COMMAND))
+        assert passes.made == [("gone", Kind.ORDINARY)]
+        assert "not mounted on both nodes any more" in await passes.prove(
+            "gone", EPOCH, cast("Any", None)
+        )
+        await passes.stop()
+
+    asyncio.run(scene())

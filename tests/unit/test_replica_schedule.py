@@ -646,6 +646,24 @@ def test_a_volume_that_is_removed_gets_no_pass_and_never_two_when_it_comes_back(
     play(scenario)
 
 
+def test_what_is_asked_for_a_volume_that_has_gone_meanwhile_is_nothing() -> None:
+    async def scenario(schedule: Schedule, passes: Passes) -> None:
+        gate = passes.hold("a")
+        schedule.set("a", Plan(every_ms=60_000))
+        schedule.trigger("a", COMMAND)
+        await asyncio.sleep(0.01)
+        schedule.remove("a")
+        assert schedule.retry("a", 1) == 0  # as a pass does that fails because it has gone
+        schedule.trigger("a", COMMAND)
+        assert not await schedule.make("a", COMMAND)
+        gate.set()
+        await asyncio.sleep(0.05)
+        assert passes.of("a") == [COMMAND]
+        assert schedule.running() == {}
+
+    play(scenario)
+
+
 def test_the_same_plan_again_changes_nothing_and_another_one_does() -> None:
     async def scenario(schedule: Schedule, passes: Passes) -> None:
         for _ in range(10):
