@@ -66,6 +66,7 @@ def release(state: State, orders: Orders, now_ms: int) -> None:
     state.absence_granted_ms = NEVER_MS
     state.absence_from_seq = 0
     state.asks = 0
+    state.rescue_since_ms = None
     _end_handover(state)
     orders.cancel("address")
     orders.cancel("service")
@@ -200,6 +201,19 @@ def ask_peer(state: State, orders: Orders, now_ms: int) -> None:
     state.asked_ms = now_ms
     state.refuses = None
     state.send_soon = True
+
+
+def rescue(state: State, orders: Orders, now_ms: int) -> None:
+    """The service is broken, the data is not: the peer shall have all of it before it serves."""
+    state.rescue_since_ms = now_ms
+    if not state.asks and not handover.receiving(state, now_ms):
+        ask_peer(state, orders, now_ms)
+
+
+def end_rescue(state: State, orders: Orders, now_ms: int) -> None:
+    """The service works again before it was held for the peer: nothing has to move."""
+    state.rescue_since_ms = None
+    abort_giving(state, orders, now_ms)
 
 
 def finish_receiving(state: State, orders: Orders, now_ms: int) -> None:

@@ -243,6 +243,7 @@ def _(what: model.FenceReported, state: State, now_ms: int) -> None:
 def _(what: model.FitChanged, state: State, now_ms: int) -> None:
     state.service_fit = what.ok
     state.service_reason = what.reason
+    state.storage_fit = what.storage
 
 
 @absorb.register

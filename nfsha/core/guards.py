@@ -79,6 +79,9 @@ class Guard(StrEnum):
     ASKED = "handover-asked"
     DISOWNED = "handover-disowned"
     RECEIVER_READY = "receiver-ready"
+    RESCUE = "rescue"
+    RESCUING = "rescuing"
+    RESCUE_OFF = "rescue-off"
     HANDOVER_OFF = "handover-off"
     FREEZING = "freezing"
     FROZEN = "frozen"
@@ -348,10 +351,14 @@ def active(state: State, now_ms: int) -> Guard:
     lost = _serving_lost(state, now_ms)
     if lost is not None:
         return lost
-    if state.fit is False:
+    if state.fit is False and not handover.rescuable(state, now_ms):
         return Guard.UNFIT
+    if state.fit is True and state.rescue_since_ms is not None:
+        return Guard.RESCUE_OFF
     if handover.receiver_ready(state, now_ms) and not state.repair:
         return Guard.RECEIVER_READY
+    if state.fit is False:
+        return Guard.RESCUE if state.rescue_since_ms is None else Guard.RESCUING
     return _serving_on(state, now_ms)
 
 

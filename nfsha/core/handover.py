@@ -79,13 +79,38 @@ def under_way(state: State, now_ms: int) -> bool:
 # --------------------------------------------------------------------------- the giver
 
 
+def rescuable(state: State, now_ms: int) -> bool:
+    """May this serving node, whose service is broken, give its data away before it releases?
+
+    Its volumes can still be read, and the peer could take over, but lacks the last writes. Not for
+    longer than `ANSWER_MS`: no client is served meanwhile.
+    """
+    report = state.report
+    since_ms = state.rescue_since_ms
+    if (
+        report is None
+        or not state.config.replication
+        or not state.carrier
+        or state.stuck
+        or not state.storage_fit
+        or state.stopping
+    ):
+        return False
+    if since_ms is not None and now_ms - since_ms >= ANSWER_MS:
+        return False
+    ready = report.phase is Phase.PASSIVE and peer_could_receive(state, now_ms)
+    if since_ms is None:
+        return ready or receiving(state, now_ms)
+    return (ready and state.asks != 0) or receiving(state, now_ms)
+
+
 def receiver_ready(state: State, now_ms: int) -> bool:
     """Does the peer ask this serving node to freeze, for a handover that may be?
 
     Not while the disk is in doubt: PREPARED must reach it; nor while this node is about to leave.
     """
     report = state.report
-    if report is None or not _receives(state, now_ms) or state.unsure or state.stopping:
+    if report is None or not receiving(state, now_ms) or state.unsure or state.stopping:
         return False
     given = report.handover
     return (
@@ -104,12 +129,13 @@ def receiver_gone(state: State, now_ms: int) -> str:
     report = state.report
     if report is None or not lease.peer_heard(state, now_ms):
         return "the receiver is not heard any more"
-    if not _receives(state, now_ms) or report.handover != state.handover or not report.ready:
+    if not receiving(state, now_ms) or report.handover != state.handover or not report.ready:
         return f"the receiver does not work on it any more: it is {report.phase}"
     return ""
 
 
-def _receives(state: State, now_ms: int) -> bool:
+def receiving(state: State, now_ms: int) -> bool:
+    """Is the peer heard at work on a handover to itself, before it is given anything?"""
     report = state.report
     heard = lease.peer_heard(state, now_ms)
     return report is not None and heard and report.phase is Phase.PRESYNC

@@ -249,6 +249,8 @@ class FitChanged:
 
     ok: bool | None
     reason: str = ""
+    storage: bool = True
+    """The volumes are as they should be: what is broken, if anything, is the service only."""
 
 
 @dataclass(frozen=True, slots=True)

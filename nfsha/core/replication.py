@@ -44,6 +44,8 @@ class Approach:
     epoch: Epoch
     handover: Epoch
     more: bool
+    urgent: bool = False
+    """The giver's service is broken: its clients wait for this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ def flow(state: State, now_ms: int) -> Flow:
 
 def _flow_to(state: State, epoch: Epoch, now_ms: int) -> Flow:
     if state.handover is not None and state.phase is Phase.PRESYNC:
-        return Approach(epoch, state.handover, more=not state.presync_ready)
+        urgent = state.report is not None and not state.report.healthy
+        return Approach(epoch, state.handover, more=not state.presync_ready, urgent=urgent)
     if state.handover is not None and state.phase is Phase.FINAL_SYNC:
         return Finish(epoch, state.handover)
     if state.phase not in (Phase.PASSIVE, Phase.RETURNED):

@@ -130,6 +130,10 @@ class State:
     # the world
     service_fit: bool | None = None
     service_reason: str = "not checked yet"
+    storage_fit: bool = True
+    """The volumes are mounted; only with `service_fit` False it says something."""
+    rescue_since_ms: int | None = None
+    """Since when this serving node, whose service is broken, waits for the peer to receive."""
     replica_whole: bool = False
     replica_epoch: Epoch | None = None
     """The epoch that `replica_whole` was found for."""

@@ -219,6 +219,11 @@ _ACTIVE = (
           "somebody else took away what this node serves with: it is put back"),
     _turn("A30", P.ACTIVE, G.RECEIVER_READY, E.begin_freeze, P.FREEZING,
           "the receiver is near enough: clients are held from now on"),
+    _turn("A32", P.ACTIVE, G.RESCUE, E.rescue, None,
+          "the own service is broken, the volumes are not: the other node is asked to fetch the "
+          "last writes before it takes over"),
+    _turn("A34", P.ACTIVE, G.RESCUE_OFF, E.end_rescue, None,
+          "the own service is sound again: it stays here"),
     _turn("A40", P.ACTIVE, G.CONFLICT, E.isolate, P.DIVERGED,
           "the peer has another epoch of the same number: two histories, both release"),
     _turn("A42", P.ACTIVE, G.HIGHER, E.follow, P.RETURNED,
@@ -232,6 +237,8 @@ _ACTIVE = (
     _turn("A64", P.ACTIVE, G.LEASE_LOST, E.isolate, P.ISOLATED,
           "a lease in the kernel ended or could not be had"),
     _stay("A90", P.ACTIVE, G.EVIDENCE, "serves"),
+    _stay("A92", P.ACTIVE, G.RESCUING,
+          "the own service is broken; the other node fetches the last writes"),
     _stay("A98", P.ACTIVE, G.STOPPING, "serves on while its absence is announced to the peer"),
 )  # fmt: skip
 

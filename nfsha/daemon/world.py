@@ -246,7 +246,7 @@ class World:
 
     def _health_report(self, health: Health) -> None:
         self.last_health = health
-        self._inbox.put(model.FitChanged(health.ok, "; ".join(health.signs)))
+        self._inbox.put(model.FitChanged(health.ok, "; ".join(health.signs), health.storage))
 
     # ------------------------------------------------------------- the firewall
 

@@ -48,6 +48,8 @@ class Health:
     ok: bool | None
     signs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    storage: bool = True
+    """In the last round, all volumes were mounted."""
 
 
 class Outcome(enum.Enum):
@@ -100,7 +102,10 @@ class Judge:
         elif self._good_rounds >= (SIGNS_NEEDED if self._ok is False else 1):
             self._ok, self._signs = True, ()
         return Health(
-            self._ok, self._signs, (*warnings, *(f"{word} (not believed yet)" for word in doubts))
+            self._ok,
+            self._signs,
+            (*warnings, *(f"{word} (not believed yet)" for word in doubts)),
+            all(one.outcome is Outcome.GOOD for one in findings if one.kind == "mounts"),
         )
 
     def _believed_kinds(self, findings: Sequence[Finding], now_ms: int) -> set[str]:

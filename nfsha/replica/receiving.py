@@ -128,7 +128,7 @@ class Receiving:
         self._fetching.schedule.hold()
         failures = far = 0
         while self.passes < MAX_PASSES:
-            kind = Kind.ORDINARY if self.passes else Kind.FULL
+            kind = Kind.ORDINARY if self.passes or step.urgent else Kind.FULL
             before_ms, began_ms = self.last_pass_ms, self._clocks.now_ms()
             what = "changes" if self.passes else "full"
             trouble = await self._round(what, self._fetching.copies, kind)

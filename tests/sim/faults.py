@@ -532,7 +532,7 @@ def _unfit(faults: Faults) -> bool:
     node = faults.any_node()
     if node.fit is not True or node.engine is None:
         return False
-    node.set_fit(False)
+    node.set_fit(False, storage=faults.random.random() < 0.7)
     faults.after(0.3, 6.0, node.set_fit, True)
     return True
 

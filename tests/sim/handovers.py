@@ -605,6 +605,41 @@ def a_restart_comes_before_the_freeze(only: str | None) -> None:
     world.one_authority()
 
 
+def the_service_breaks_but_not_the_data(only: str | None) -> None:
+    """A's NFS service breaks after writes that B lacks: B fetches them before it serves."""
+    world = HandoverWorld(only)
+    world.run_for(1)
+    expect(bool(world.a.volumes.holds - world.b.volumes.holds), "B lacks the newest writes")
+    world.disturb()
+    world.a.set_fit(False)
+    world.serves_all(world.b, TAKEN_WITHIN_S, "B can fetch them")
+
+
+def the_data_cannot_be_fetched_any_more(only: str | None) -> None:
+    """A's NFS service breaks, and no pass succeeds: B takes over once A has waited its time."""
+    world = HandoverWorld(only)
+    world.b.volumes.approach_hangs = True
+    world.disturb()
+    world.a.set_fit(False)
+    world.serves_within(world.b, 15, "A gives up after ten seconds")
+
+
+def the_service_is_mended_at_once(only: str | None) -> None:
+    """A's NFS service is back while B still comes near: nothing moves, nobody is held."""
+    world = HandoverWorld(only)
+    world.b.volumes.approach_hangs = True
+    world.disturb()
+    world.a.set_fit(False)
+    world.run_for(1)
+    world.a.set_fit(True)
+    world.run_for(1)
+    world.b.volumes.approach_hangs = False
+    world.run_for(5)
+    if not world.a.accepts() or epoch_of(world.a).number != 1:
+        world.checks.fail("moved", "A's service was sound again before anything was held")
+    world.one_authority()
+
+
 FURTHER: tuple[Scenario, ...] = (
     Scenario(STAYS_DOWN, the_straight_way),
     Scenario(NOT_ALL, the_last_pass_comes_first),
@@ -625,5 +660,8 @@ FURTHER: tuple[Scenario, ...] = (
     Scenario(LOST, the_giver_is_stopped_in_prepared),
     Scenario("freeze", it_goes_back_before_the_thaw),
     Scenario("I8", a_restart_comes_before_the_freeze),
+    Scenario(LOST, the_service_breaks_but_not_the_data),
+    Scenario(STAYS_DOWN, the_data_cannot_be_fetched_any_more),
+    Scenario("moved", the_service_is_mended_at_once),
 )
 """Beside the traces."""

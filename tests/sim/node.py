@@ -649,10 +649,10 @@ class Node:
 
     # ------------------------------------------------------------- this machine's own troubles
 
-    def set_fit(self, ok: bool) -> None:
-        """The own NFS service breaks or heals."""
+    def set_fit(self, ok: bool, *, storage: bool = True) -> None:
+        """The own NFS service breaks or heals, with the volumes still there or not."""
         self.fit = ok
-        self.take(FitChanged(ok, "as the world says"))
+        self.take(FitChanged(ok, "as the world says", storage))
 
     def set_carrier(self, up: bool) -> None:
         """The VIP's interface loses or regains its carrier."""

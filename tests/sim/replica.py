@@ -44,6 +44,7 @@ class Volumes:
         self.frozen = False
         """Read-only, until a thaw, a new daemon or a boot."""
         self.finish_takes_us: int | None = None
+        self.approach_hangs = False
         """A scenario's word on how long the last pass takes; None: chance decides."""
         self.freeze_takes_us: int | None = None
         self.thaw_takes_us: int | None = None
@@ -124,7 +125,7 @@ class Volumes:
             self.stamp, self.tainted = way.epoch, False
         if isinstance(way, Fetch) and way.start and self._looked:
             self._begin(way.epoch)
-        if isinstance(way, Approach) and self._looked and way.more:
+        if isinstance(way, Approach) and self._looked and way.more and not self.approach_hangs:
             self._begin(way.epoch)
             self._approach(way)
         if isinstance(way, Finish) and self._finishing != way.handover:

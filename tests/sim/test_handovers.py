@@ -258,6 +258,26 @@ def _who_leaves_may_freeze(patch: Patch) -> None:
     _without(patch, "receiver_ready", "stopping", value="")
 
 
+def _a_broken_service_releases_at_once(patch: Patch) -> None:
+    patch.setattr(handover, "rescuable", lambda state, now_ms: False)
+
+
+def _a_rescue_has_no_end(patch: Patch) -> None:
+    patch.setattr(handover, "ANSWER_MS", 3_600_000)
+
+
+def _a_rescue_is_not_called_off(patch: Patch) -> None:
+    real = guards.active
+
+    def active(state: State, now_ms: int) -> Guard:
+        twin = state.copy()
+        if state.fit:
+            twin.rescue_since_ms = None
+        return real(twin, now_ms)
+
+    patch.setitem(guards.TURN_GUARDS, Phase.ACTIVE, active)
+
+
 MUTANTS = (
     ("trace_3", _prepared_ends_with_the_daemon),
     ("trace_4", _a_timeout_ends_prepared),
@@ -285,6 +305,9 @@ MUTANTS = (
     ("the_giver_is_stopped_in_prepared", _a_stop_waits_for_nobody),
     ("it_goes_back_before_the_thaw", _frozen_volumes_may_be_moved_to),
     ("a_restart_comes_before_the_freeze", _who_leaves_may_freeze),
+    ("the_service_breaks_but_not_the_data", _a_broken_service_releases_at_once),
+    ("the_data_cannot_be_fetched_any_more", _a_rescue_has_no_end),
+    ("the_service_is_mended_at_once", _a_rescue_is_not_called_off),
 )
 KINDS: dict[Callable[[Patch], None], str] = {
     _the_giver_takes_over_with_the_number_that_it_gave: STAYS_DOWN,

@@ -28,6 +28,8 @@ RECEIVERS_GONE_MS = 50
 
 HANDOVER_ROWS = {
     "A30": "handover-freeze",
+    "A32": "rescue",
+    "A34": "rescue-ended",
     "X20": "handover-done",
     "G30": "handover-unfrozen",
     "Q20": "handover-taken-back",
