@@ -24,13 +24,17 @@ def test_the_last_writes_are_fetched_before_the_other_node_serves(lab: Lab) -> N
     copied = (copies.mark("b") or {})["started_ns"]
     killed_ms = copies.now_ms()
     lab.a.nfs.stop()
-    copies.wait_event("a", lambda e: e.row == "A32", "request to fetch", since_ms=killed_ms)
-    served = copies.wait_phase("b", "ACTIVE", since_ms=killed_ms)
+    copies.wait_event(
+        "a", lambda e: e.row == "A32", "request to fetch", since_ms=killed_ms, within_s=15
+    )
+    served = copies.wait_phase("b", "ACTIVE", since_ms=killed_ms, within_s=15)
     assert served.row == "X20"
     assert served.at_ms - killed_ms < SERVED_MS
     records.wait_acked(20)
     found = records.stop()
-    before = [number for number in found.acked if number not in found.since(killed_ms * 10**6).acked]
+    before = [
+        number for number in found.acked if number not in found.since(killed_ms * 10**6).acked
+    ]
     assert len(before) >= 50
     assert set(found.acked) <= set(lab.read_records())
     lab.a.nfs.start()
@@ -45,9 +49,11 @@ def test_a_server_that_is_restarted_at_once_stays_where_it_is(lab: Lab) -> None:
     (copies.here("a") / "large").write_bytes(b"\1" * (24 << 20))
     killed_ms = copies.now_ms()
     lab.a.nfs.stop()
-    copies.wait_phase("b", "PRESYNC", since_ms=killed_ms)
+    copies.wait_phase("b", "PRESYNC", since_ms=killed_ms, within_s=15)
     lab.a.nfs.start()
-    copies.wait_event("a", lambda e: e.row == "A34", "end of the request", since_ms=killed_ms)
-    copies.wait_phase("b", "PASSIVE", since_ms=killed_ms)
+    copies.wait_event(
+        "a", lambda e: e.row == "A34", "end of the request", since_ms=killed_ms, within_s=15
+    )
+    copies.wait_phase("b", "PASSIVE", since_ms=killed_ms, within_s=15)
     assert copies.moves("a", killed_ms) == []
     copies.assert_never_two()
