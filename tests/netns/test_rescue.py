@@ -1,4 +1,4 @@
-"""The NFS server of the node that serves dies, its volumes do not: no acknowledged write is lost."""
+"""The serving NFS server dies, its volumes do not: no acknowledged write is lost."""
 
 from __future__ import annotations
 
