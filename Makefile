@@ -13,7 +13,7 @@ TESTS := $(wildcard tests/unit tests/sim tests/netns)
 PYTEST := timeout --foreground --signal=INT --kill-after=20 1470 $(PYTHON) -m pytest --session-timeout=1420
 
 .PHONY: help setup venv demo test test-all test-versions check format sim bench-failover bench-replication \
-	lab-up lab-shell lab-down lock docs clean
+	bench-failback lab-up lab-shell lab-down lock docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-failover: setup ## outage and overlap, side by side with keepalived (root;
 
 bench-replication: setup ## time, CPU, bytes and memory of copying, side by side with rsync from cron (root; long)
 	@$(PYTHON) -m bench.replication
+
+bench-failback: setup ## time without service on the way home, side by side with the manual runbook (root; long)
+	@$(PYTHON) -m bench.failback
 
 lab-up: setup ## build the lab and leave it up (root)
 	@$(PYTHON) -m tests.netns.lab up

@@ -42,8 +42,11 @@ class Tree:
         return f"{self.folder(folder)}/file{number % self.a_folder:06d}"
 
 
-def make(tree: Tree, root: Path) -> None:
-    """Makes the tree: files of 20 to 200 bytes, no two alike."""
+def make(tree: Tree, root: Path, when_ns: int | None = None) -> None:
+    """Makes the tree: files of 20 to 200 bytes, no two alike.
+
+    when_ns: the modification time of all in it, so that trees made twice are equal.
+    """
     chance = random.Random(tree.files)
     for folder in range(tree.folders):
         (root / tree.folder(folder)).mkdir()
@@ -51,7 +54,11 @@ def make(tree: Tree, root: Path) -> None:
             text = f"{folder} {number} ".encode()
             fd = os.open(root / tree.name(folder, number), os.O_CREAT | os.O_WRONLY, 0o644)
             os.write(fd, text.ljust(chance.randrange(20, 200), b"x"))
+            if when_ns is not None:
+                os.utime(fd, ns=(when_ns, when_ns))
             os.close(fd)
+        if when_ns is not None:
+            os.utime(root / tree.folder(folder), ns=(when_ns, when_ns))
 
 
 def make_large(root: Path, total_bytes: int, files: int, seed: int) -> None:

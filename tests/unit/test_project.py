@@ -30,6 +30,7 @@ TARGETS = [
     "sim",
     "bench-failover",
     "bench-replication",
+    "bench-failback",
     "lab-up",
     "lab-shell",
     "lab-down",
