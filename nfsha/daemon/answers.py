@@ -67,7 +67,8 @@ class Answers:
             case "status":
                 return {"status": self._status()}
             case "clients":
-                return {"clients": await self._shell.world.clients.facts()}
+                world = self._shell.world
+                return {"clients": await world.clients.facts() | {"locks": world.locks.facts()}}
             case "events":
                 return {"events": self._events(args)}
             case "activate":

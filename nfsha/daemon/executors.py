@@ -68,6 +68,7 @@ class Executors:
                 self._world.links.send(action.datagram)
                 self._world.replication.tick()
                 self._world.clients.tick()
+                self._world.locks.tick()
             case model.AskWitness():
                 self._world.ask_witness()
             case model.Announce():
@@ -207,6 +208,7 @@ class Executors:
                 case model.CloseService():
                     self._world.announcer.silence()
                     self._world.clients.closed()
+                    self._world.locks.closed()
                     await self._world.lease.close()
                 case model.ExtendLeases():
                     await self._extend(action.deadline_ms)
@@ -238,6 +240,7 @@ class Executors:
             outcome = await lease.open(action.deadline_ms)
             if outcome.held:
                 self._world.clients.opened()
+                self._world.locks.opened()
             return _lease("service", outcome)
         return _lease("service", await lease.renew(action.deadline_ms))
 

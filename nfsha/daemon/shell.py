@@ -92,6 +92,7 @@ class Shell:
         self._tell(decision, now_ms)
         self.world.replication.follow(decision.state, now_ms)
         self.world.clients.follow(decision.state)
+        self.world.locks.follow(decision.state)
         self.systemd.watchdog(now_ms)
 
     def _may_serve(self) -> bool:

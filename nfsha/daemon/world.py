@@ -14,6 +14,7 @@ from nfsha.core import model
 from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.clients import Clients
 from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.locks import Locks
 from nfsha.daemon.replication import Replication
 from nfsha.daemon.volumes import HookedVolumes
 from nfsha.host.clock import boot_id, now_ms
@@ -102,6 +103,7 @@ class World:
         )
         self.replication = Replication(settings, ring, wire, self.links, inbox, self.clock_ms)
         self.clients = Clients(settings, wire, self.links, inbox, self.clock_ms, self._may_announce)
+        self.locks = Locks(settings, wire, self.links, inbox, self.clock_ms, self._may_announce)
         self.health = _service_health(settings, self._wants_mounts)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
@@ -162,6 +164,7 @@ class World:
         self._inbox.put(model.CarrierChanged(self.address.link_ready))
         await self.announcer.start()
         await self.clients.start(adopted=adopted)
+        await self.locks.start()
         await self.witness.start()
         await self.links.start()
         await self.replication.start()
@@ -196,6 +199,7 @@ class World:
                 await task
         self._unwatch_firewall()
         await self.clients.close()
+        await self.locks.close()
         await self.replication.close()
         await self.volumes.close()
         self.links.close()

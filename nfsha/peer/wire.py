@@ -121,6 +121,7 @@ class PageKind(IntEnum):
 
     FACTS = 1
     CLIENTS = 2
+    LOCKS = 3
 
 
 _PAGE_KINDS = {int(kind): kind for kind in PageKind}
