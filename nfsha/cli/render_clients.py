@@ -28,6 +28,7 @@ def clients(answer: Facts, style: Style) -> str:
             heard = f"{_amount(saved)}, confirmed {ago(saved['age_ms'])}"
         lines += labelled("other node", heard)
         lines += _table(saved["clients"])
+    lines += labelled("locks", _locks(answer["locks"], serving=answer["serving"]))
     lines += labelled("at a move", _means(answer))
     if answer["trouble"]:
         lines += [style.paint(line, YELLOW) for line in labelled("trouble", answer["trouble"])]
@@ -48,6 +49,19 @@ def _means(answer: Facts) -> str:
     if means.startswith("none"):
         ended = f"own connections stay ({means}): the way back may stall clients"
     return f"{woken}; {ended}"
+
+
+def _locks(locks: Facts, *, serving: bool) -> str:
+    if not serving:
+        return f"{count(len(locks['saved']), 'client')} may hold some: they are told of a move"
+    known = "knows them" if locks["delivered"] else "does not know them yet"
+    text = f"{count(len(locks['here']), 'client')} may hold some; the other node {known}"
+    told = locks["told"]
+    if told["total"]:
+        text += (
+            f"; {told['answered']:,} of {told['total']:,} answered as they were told of the move"
+        )
+    return text
 
 
 def _table(listed: list[Mapping[str, Any]]) -> Iterator[str]:

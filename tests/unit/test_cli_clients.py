@@ -13,6 +13,11 @@ from nfsha.cli.render_clients import clients
 from nfsha.cli.words import Style
 from tests.unit.fake_daemon import Daemon, Facts
 
+LOCKS: Facts = {
+    "here": [], "saved": [], "delivered": True, "state": 5,
+    "told": {"total": 0, "answered": 0, "given_up": 0},
+}  # fmt: skip
+
 
 def client(number: int, ports: int = 1) -> Facts:
     return {
@@ -29,7 +34,7 @@ def answer(*, serving: bool, listed: list[Facts], **changes: object) -> Facts:
     return {
         "serving": serving, "here": here | {"delivered": True}, "saved": saved,
         "ends_own_by": "SOCK_DESTROY", "tickles": 0, "ended": 3, "refused_lists": 0,
-        "trouble": "", **changes,
+        "trouble": "", "locks": LOCKS, **changes,
     }  # fmt: skip
 
 
@@ -40,6 +45,7 @@ def test_the_serving_node_shows_who_is_connected_here() -> None:
         "  10.0.0.7 nfs at 10.0.0.100, from port 700",
         "  10.0.0.8 nfs at 10.0.0.100, from port 700, 701, 702, 703 and 2 more",
         "other node:  has this list",
+        "locks:       0 clients may hold some; the other node knows them",
         "at a move:   clients are woken by tickles (0 sent); own connections are ended by",
         "             SOCK_DESTROY (3 ended)",
     ]
@@ -52,6 +58,20 @@ def test_the_waiting_node_shows_what_it_was_told_and_how_old_that_is() -> None:
         "other node:  1 connection of 1 client, confirmed 640 ms ago",
         "  10.0.0.7 nfs at 10.0.0.100, from port 700",
     ]
+
+
+def test_who_holds_locks_and_who_was_told_of_the_move_is_shown() -> None:
+    told = {"total": 3, "answered": 2, "given_up": 0}
+    locks = LOCKS | {"here": ["10.0.0.7"], "delivered": False, "told": told}
+    text = clients(answer(serving=True, listed=[], locks=locks), Style())
+    assert (
+        "locks: 1 client may hold some; the other node does not know them yet; "
+        "2 of 3 answered as they were told of the move"
+    ) in " ".join(text.split())
+    waiting = answer(serving=False, listed=[], locks=LOCKS | {"saved": ["10.0.0.7"]})
+    assert "locks:       1 client may hold some: they are told of a move" in clients(
+        waiting, Style()
+    )
 
 
 def test_before_anything_was_heard_it_says_so() -> None:
