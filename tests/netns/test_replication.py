@@ -12,6 +12,7 @@ import pytest
 
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
+from tests.netns.treewalk import make_odd_tree
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -56,6 +57,20 @@ def test_the_ordinary_pass_asks_for_the_changed_folders_only(copies: Copies) -> 
     assert after["last"]["walk"] == "folders"
     assert after["full_walks"] == before["full_walks"]
     assert copies.differences() == []
+
+
+def test_everything_odd_arrives_equal_as_a_first_copy_and_as_changes(
+    make_lab: Callable[..., Lab],
+) -> None:
+    copies = Copies(make_lab(volume_mib=512))  # from there on blocks are large enough for its ACLs
+    make_odd_tree(copies.here("a") / "first")
+    copies.settle_whole()
+    assert copies.differences() == []
+    before = copies.copy()["full_walks"]
+    make_odd_tree(copies.here("a") / "changes", seed=2)  # passes come while it is made
+    copies.sync()
+    assert copies.differences() == []
+    assert (copies.copy()["full_walks"], copies.copy()["missed_by_journal"]) == (before, 0)
 
 
 # ------------------------------------------------------------------ guards
@@ -135,6 +150,12 @@ def test_a_killed_daemon_takes_its_children_with_it(copies: Copies) -> None:
     while any(one.is_running() for one in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [one for one in children if one.is_running()] == []
+    # What changed while it was down nobody saw: the next pass after its start walks everything.
+    (copies.here("a") / "meanwhile").write_text("seen by nobody")
+    copies.start("a")
+    copies.wait(lambda: "meanwhile" in copies.names("b"), "the file", within_s=30)
+    assert copies.copy()["full_walks"]["the change journal began anew, after the last pass"] == 1
+    assert "a full walk: the change journal began anew" in copies.log("b")
 
 
 def test_a_pass_under_way_is_dead_before_the_taker_serves(
