@@ -14,7 +14,7 @@ import signal
 
 from nfsha.core import handover, lease
 from nfsha.core.engine import Decision, Engine, begin
-from nfsha.core.model import Command, CommandKind, Fired, Phase, Reply
+from nfsha.core.model import GIVING_PHASES, Command, CommandKind, Fired, Phase, Reply
 from nfsha.daemon.executors import Executors
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.world import World, new_session
@@ -184,33 +184,40 @@ class Shell:
         Only where nfsha replicates: of somebody else's copies nothing is gained.
         """
         engine = self.engine
-        if engine is None or engine.state.phase is not Phase.ACTIVE:
+        if engine is None or engine.state.phase not in GIVING_PHASES | {Phase.ACTIVE}:
             return
         if not engine.state.config.replication:
             return
-        reply = await self.command(CommandKind.HANDOVER, to=engine.state.me.other)
-        if not reply.accepted:
-            log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
-            return
-        log.info("hands over before it stops: %s (%s)", reply.why, reply.row)
+        if handover.under_way(engine.state, self.world.clock_ms()):
+            log.info("waits for the handover that is under way before it stops")
+        else:
+            reply = await self.command(CommandKind.HANDOVER, to=engine.state.me.other)
+            if not reply.accepted:
+                log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
+                return
+            log.info("hands over before it stops: %s (%s)", reply.why, reply.row)
         if not await self._handed_over(engine):
             ended = engine.state.last_handover
             why = ended.why if ended is not None else "the other node did not begin"
             log.warning("stops without having handed over: %s", why)
 
     async def _handed_over(self, engine: Engine) -> bool:
-        """Waits for the end of the handover that was asked for; ends it when its time is over."""
+        """Waits for the end of the handover; aborts it when its time is over."""
+        if not await self._ends_within(engine, HAND_OVER_WITHIN_S):
+            reply = await self.command(CommandKind.ABORT)
+            log.warning("the handover takes too long for a stop: %s", reply.why)
+            if reply.accepted:
+                await self._ends_within(engine, LEAVE_WITHIN_S)
+        return not engine.state.is_authority
+
+    async def _ends_within(self, engine: Engine, within_s: float) -> bool:
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + HAND_OVER_WITHIN_S
+        end_s = loop.time() + within_s
         while handover.under_way(engine.state, self.world.clock_ms()):
             if loop.time() >= end_s:
-                reply = await self.command(CommandKind.ABORT)
-                log.warning("the handover takes too long for a stop: %s", reply.why)
-                end_s = loop.time() + LEAVE_WITHIN_S
-                if not reply.accepted:
-                    break
+                return False
             await asyncio.sleep(POLL_S)
-        return not engine.state.is_authority
+        return True
 
     async def close(self) -> None:
         """Ends what the shell itself started."""

@@ -168,6 +168,26 @@ def test_a_final_stop_of_the_serving_node_loses_nothing(lab: Lab) -> None:
     assert_one_at_a_time(copies, moves=1)
 
 
+def test_a_final_stop_waits_for_the_handover_that_is_under_way(lab: Lab) -> None:
+    copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
+    copies.settle_whole()
+    records = copies.lab.write_records()
+    records.wait_acked(20)
+    first = Moving(copies, "b", "switchover")
+    with source_that_hangs(copies, "a"):
+        stopped_ms = copies.wait_phase("a", "PREPARED", within_s=10).at_ms
+        copies.daemon("a").signal(signal.SIGTERM)
+        copies.wait(lambda: "before it stops" in copies.log("a"), "a stop that waits")
+    assert copies.wait_phase("b", "ACTIVE", since_ms=stopped_ms, within_s=20).row == "X20"
+    assert copies.daemon("a").wait(20) == 0
+    first.join(MOVE_S)
+    assert first.code == 0, first.told
+    records.wait_acked(20)
+    found = records.stop()
+    assert_held_not_failed(found, moves=1)
+    assert set(found.acked) <= set(copies.lab.read_records())
+
+
 def test_a_stop_that_cannot_hand_over_says_why_and_releases(lab: Lab) -> None:
     copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
     copies.settle_whole()

@@ -22,6 +22,7 @@ from tests.netns.copies import SYNC, Copies
 from tests.netns.labkit.network import VIP
 from tests.netns.labkit.nfs_server import NFS_PORT, rpc_null
 from tests.netns.labkit.place import LabError
+from tests.netns.labkit.records import Records, RecordWriter
 from tests.netns.nspawn import Machine, MachineLab, cgroups_left
 from tests.netns.pair import BUSY_MS, Event
 from tests.netns.treewalk import differences, make_odd_tree
@@ -30,6 +31,11 @@ pytestmark = pytest.mark.timeout(90)
 
 UNIT_FILE = Path(__file__).parents[2] / "systemd" / "nfsha.service"
 _SETTLED_S = 20.0
+MAX_STALL_MS = 10_000
+"""`handover.max_stall` as shipped."""
+
+HAND_OVER_WITHIN_S = 40
+"""So long a stop tries to hand over; `TimeoutStopSec=` of the unit is more than twice that."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,38 @@ class Duo:
         """What differs between the two copies."""
         return differences(self.folder(self.active, volume), self.folder(self.passive, volume))
 
+    def write(self, name: str) -> Writing:
+        """Begins to write numbered records through the VIP, into a file of this name."""
+        records = self.copies.lab.write_records(path=f"/{name}")
+        records.wait_acked(20)
+        return Writing(self, name, records)
+
     def assert_never_two(self) -> None:
         """Since the test began."""
         self.copies.assert_never_two(since_ns=self.began_ms * 1_000_000)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A client that writes while a test goes on."""
+
+    duo: Duo
+    name: str
+    records: RecordWriter
+
+    def end(self, *, moves: int) -> Records:
+        """Ends it when it writes again; nothing acknowledged may be missing on the serving node.
+
+        An operation that had its file open at a move may have failed: its handle was stale.
+        """
+        self.records.wait_acked(20)
+        found = self.records.stop()
+        assert all("NFS3ERR_STALE" in (one.error or "") for one in found.failed), found.failed
+        assert len(found.failed) <= moves, found.failed
+        kept = self.duo.copies.lab.read_records(path=f"/{self.name}")
+        assert set(found.acked) <= set(kept)
+        print(f"{self.name}: the longest stall was {found.longest_stall_ms:.0f} ms")
+        return found
 
 
 class UnitPair(Copies):
@@ -265,29 +300,35 @@ def test_a_daemon_that_hangs_is_ended_by_the_watchdog(duo: Duo) -> None:
 
 def test_a_stop_and_a_start_of_the_passive_one_disturb_no_client(duo: Duo) -> None:
     prober = duo.copies.lab.probe()
-    prober.wait_success()
+    prober.wait_success()  # the prober's own start is no outage
+    began_ns = duo.copies.lab.now_ns()
     duo.passive.systemctl("stop", "nfsha")
     time.sleep(2)  # longer than any evidence but the promise lasts
     duo.passive.systemctl("start", "nfsha")
     duo.wait_move(duo.passive, "PASSIVE")
-    assert prober.stop().outage_ms() < BUSY_MS
+    assert prober.stop().outage_ms(began_ns) < BUSY_MS
     assert duo.moves(duo.active) == []
 
 
 def test_a_restart_of_the_active_one_keeps_the_address(duo: Duo) -> None:
     prober = duo.copies.lab.probe()
     prober.wait_success()
+    writing = duo.write("restarted")
+    began_ns = duo.copies.lab.now_ns()
     duo.active.systemctl("restart", "nfsha")
     duo.wait_move(duo.active, "ACTIVE")
-    assert prober.stop().outage_ms() < BUSY_MS
+    assert prober.stop().outage_ms(began_ns) < BUSY_MS
+    assert writing.end(moves=0).failed == ()
     assert duo.moves(duo.passive) == []
     (hold,) = [hold for hold in duo.copies.lab.look().holds(VIP) if hold.open]
     assert (hold.node, hold.start_ns < duo.began_ms * 1_000_000) == (duo.active.name, True)
 
 
 def test_a_stop_of_the_active_one_gives_the_address_to_the_other(duo: Duo) -> None:
+    writing = duo.write("stopped")
     duo.active.systemctl("stop", "nfsha")
     lab = duo.copies.lab
+    assert writing.end(moves=1).longest_stall_ms < MAX_STALL_MS
     assert duo.active.name not in lab.look().holders(VIP)
     assert "hands over before it stops" in duo.active.journal("--lines=40")
     moved = [one.row for one in duo.copies.events(duo.passive.name, duo.began_ms)]
@@ -297,7 +338,34 @@ def test_a_stop_of_the_active_one_gives_the_address_to_the_other(duo: Duo) -> No
     assert lab.c.inside(lambda: rpc_null(closed, NFS_PORT, 100003, 3)) is None
     duo.active.systemctl("start", "nfsha")
     duo.wait_roles(duo.passive, duo.active)
+    duo.active.nfsha("sync", "--wait", "data", timeout_s=60)  # what was written while it was away
     assert duo.differences() == []
+    duo.assert_never_two()
+
+
+@pytest.mark.slow
+def test_a_stop_that_has_no_time_to_hand_over_is_a_release(duo: Duo) -> None:
+    writing = duo.write("released")
+    duo.passive.nfsha("sync", "--bandwidth", "1MB")
+    large = duo.folder(duo.active) / "too-large"
+    large.write_bytes(os.urandom(60 << 20))
+    began_s = time.monotonic()
+    duo.active.systemctl("stop", "nfsha")
+    took_s = time.monotonic() - began_s
+    assert HAND_OVER_WITHIN_S <= took_s < 1.5 * HAND_OVER_WITHIN_S, took_s
+    assert duo.active.show("Result") == "success"
+    told = duo.active.journal("--lines=60")
+    assert "the handover takes too long for a stop" in told
+    assert "stops without having handed over: " in told
+    duo.wait_move(duo.passive, "ACTIVE")
+    moved = [one.row for one in duo.copies.events(duo.passive.name, duo.began_ms)]
+    assert "T20" in moved
+    writing.records.wait_acked(20)
+    writing.records.stop()
+    duo.passive.nfsha("sync", "--bandwidth", "default")
+    large.unlink()
+    duo.active.systemctl("start", "nfsha")
+    duo.wait_roles(duo.passive, duo.active)
     duo.assert_never_two()
 
 
@@ -342,11 +410,16 @@ def test_a_power_cut_is_a_takeover_and_the_machine_comes_back_by_itself(duo: Duo
     duo.assert_never_two()
 
 
-def test_a_shutdown_gives_the_address_away_and_the_machine_comes_back(duo: Duo) -> None:
+def test_a_shutdown_hands_over_and_the_machine_comes_back(duo: Duo) -> None:
+    writing = duo.write("shut-down")
     duo.active.shut_down()
     given = [one.row for one in duo.copies.events(duo.active.name, duo.began_ms)]
     assert "Q10" in given
     duo.wait_move(duo.passive, "ACTIVE")
+    assert writing.end(moves=1).longest_stall_ms < MAX_STALL_MS
+    moved = [one.row for one in duo.copies.events(duo.passive.name, duo.began_ms)]
+    assert "X20" in moved
+    assert "T20" not in moved
     duo.copies.lab.power_cut(duo.active.name)  # only tidies up: it is off
     duo.copies.lab.boot(duo.active.name)
     duo.active.follow()
