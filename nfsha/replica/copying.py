@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from nfsha.core.model import Epoch
 from nfsha.replica.beneath import shown
 from nfsha.replica.deletions import DeletionPlan
 from nfsha.replica.marks import Mark
@@ -45,6 +46,9 @@ class Copy:
     """The hash of the plan of deletions that the operator accepted for the next pass."""
     folders: tuple[bytes, ...] | None = None
     """What the last complete pass asked for; None: all of the volume."""
+    compared: tuple[Epoch, int] | None = None
+    """All that had changed in an epoch until then (by this node's clock, in milliseconds) was
+    compared by content."""
     full_walks: Counter[str] = field(default_factory=Counter)
     missed_by_journal: int = 0
     verified_ns: int | None = None

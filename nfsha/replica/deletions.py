@@ -117,6 +117,11 @@ class PlanReader:
     """Takes the output of the dry run, line by line."""
 
     def __init__(self) -> None:
+        self.items = 0
+        """All that differs: to be copied, to be deleted (again counted by its parent, where a
+        listed folder is gone), or a folder's own attributes."""
+        self.first = b""
+        """The name of the first of these."""
         self.copies = 0
         """Entries that only a copying run can set right."""
         self.wanted: set[bytes] = set()
@@ -155,10 +160,13 @@ class PlanReader:
         elif not found:
             self.rest.add(line)
         elif found[1] == b"." and found[2] == b"d":
-            self._touched(decode_name(line[found.end() :]))
+            name = decode_name(line[found.end() :])
+            self._item(name)
+            self._touched(name)
         else:
             self.copies += 1
             name = decode_name(line[found.end() :])
+            self._item(name)
             if line[2:11] != _NEW:
                 # Where attributes alone differ (`.`), nothing comes in its place.
                 if found[2] != b"d" and found[1] != b".":
@@ -206,6 +214,10 @@ class PlanReader:
         if len(self.replaced_names) < MAX_REPLACED_NAMES:
             self.replaced_names.append(name)
 
+    def _item(self, name: bytes) -> None:
+        self.items += 1
+        self.first = self.first or name
+
     def _want(self, name: bytes, *, folder: bool) -> None:
         if len(self.wanted) <= MAX_WANTED and name not in self.wanted:
             self.wanted.add(name)
@@ -223,6 +235,7 @@ class PlanReader:
             self.old_parts += 1
             self._parent(b"/".join(parts[: parts.index(PARTIAL_NAME)]))
             return
+        self._item(path)
         # The same name may come twice: with a listed folder that is gone, and with its parent.
         self._digests += hashlib.blake2b(name, digest_size=_DIGEST_BYTES).digest()
         self._digests += _kind(name)

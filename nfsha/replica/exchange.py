@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nfsha.replica.changed_files import ChangedError
 from nfsha.replica.marks import (
     EVERYTHING,
     MAX_MARKS,
@@ -21,7 +22,8 @@ from nfsha.replica.marks import (
     mark_as_json,
     mark_from_json,
 )
-from nfsha.replica.suspects import SuspectError, SuspectQuestion
+from nfsha.replica.questions import Question, question_from_json
+from nfsha.replica.suspects import SuspectError
 from nfsha.replica.volume_facts import (
     VolumeError,
     VolumeFacts,
@@ -50,7 +52,7 @@ class NodeFacts:
     volumes: tuple[VolumeFacts, ...]
     marks: tuple[Mark, ...]
     tainted: Mapping[str, str]
-    questions: tuple[SuspectQuestion, ...]
+    questions: tuple[Question, ...]
 
 
 def own_facts(here: Sequence[VolumeFacts], store: MarkStore, questions: list[Facts]) -> Facts:
@@ -75,7 +77,7 @@ def read_node(facts: object) -> NodeFacts:
             tainted=_tainted(facts.get("tainted")),
             questions=tuple(map(_question, _listed(facts, "questions", MAX_QUESTIONS))),
         )
-    except (VolumeError, MarksError, SuspectError) as error:
+    except (VolumeError, MarksError, SuspectError, ChangedError) as error:
         raise ExchangeError(str(error)) from error
 
 
@@ -99,7 +101,7 @@ def _tainted(found: object) -> Mapping[str, str]:
     return dict(found)
 
 
-def _question(one: object) -> SuspectQuestion:
+def _question(one: object) -> Question:
     if not isinstance(one, dict):
         raise SuspectError(f"{cut(one)} is no question")
-    return SuspectQuestion.from_json(one.get("question"))
+    return question_from_json(one.get("question"))

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,17 +20,18 @@ from typing import Any, TypeVar
 
 from nfsha.config import Sync
 from nfsha.core.model import Epoch
-from nfsha.replica import volumes
+from nfsha.replica import unreplicated, volumes
 from nfsha.replica.beneath import shown
+from nfsha.replica.changed_files import ChangedQuestion
 from nfsha.replica.child import ChildError, ChildStuckError
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.deletions import DeleteLimits
-from nfsha.replica.durable import read_small
 from nfsha.replica.estimate import Ahead
 from nfsha.replica.inventory import Inventory
+from nfsha.replica.listing import Listing, names_in, read_listing
 from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore
-from nfsha.replica.published import MAX_BYTES, ChangesError, Published, read_published
+from nfsha.replica.published import ChangesError, Published
 from nfsha.replica.pull import (
     From,
     PassOutcome,
@@ -42,8 +43,7 @@ from nfsha.replica.pull import (
 from nfsha.replica.quarantine import Entry, Quarantine, QuarantineError
 from nfsha.replica.questions import Asking
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason, Schedule
-from nfsha.replica.serving import FACTS_NAME, changes_name
-from nfsha.replica.source_facts import SourceFacts, read_facts
+from nfsha.replica.source_facts import SourceFacts
 from nfsha.replica.suspects import SuspectAnswer, SuspectQuestion
 from nfsha.replica.tally import Tally
 from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
@@ -61,6 +61,7 @@ MAX_ATTEMPTS_COUNTED = 10
 MEASURED_BYTES = 1 << 20
 """A pass that copied less says nothing of the rate."""
 UNLIMITED = (1 << 31) - 1
+_FRESH_AGAIN = 2
 VERIFY_PAUSES_MS = 300_000
 """How long a verify goes on without an ordinary pass where these come by a cron line."""
 
@@ -111,6 +112,10 @@ class Fetching:
         self.copies: dict[str, Copy] = {}
         self.epoch: Epoch | None = None
         self.may_start = False
+        self.careful = False
+        """Passes of listed folders compare by content: in a handover, until clients are held."""
+        self.listed: Listing | None = None
+        """What passes go by instead of asking the source each for itself."""
         self._late: dict[str, Reason] = {}
         self.bandwidth_kib_s: int | None = sync.bandwidth_kib_s
         self.bandwidth_set = False
@@ -267,6 +272,8 @@ class Fetching:
                 return
             copy.state, copy.why = State.RUNNING, "a full walk"
         await self._pass(copy, epoch, reason)
+        if self.careful and reason.kind is Kind.FULL and copy.state is State.IDLE:
+            await self._compare_changed(copy, epoch)
 
     def _refused(self, copy: Copy, why: str) -> None:
         self._say(copy, f"volume {self._inventory.name_of(copy.uuid)} is not copied: {why}")
@@ -311,17 +318,31 @@ class Fetching:
     async def _published(
         self, uuid: str, epoch: Epoch, scratch: Path
     ) -> tuple[SourceFacts, Published | None]:
-        names = [FACTS_NAME, changes_name(uuid)]
-        ending = await fetch_control(self._source(epoch), scratch, names)
+        listing = self.listed or await self._listing([uuid], epoch, scratch)
+        return listing.facts, listing.changes.get(uuid)
+
+    async def list_all(self, epoch: Epoch) -> Listing:
+        """What the source publishes of all volumes now. Raises RefusedError and `TROUBLES`."""
+        listing = await self._list_once(epoch)
+        for _ in range(_FRESH_AGAIN):
+            if listing.is_fresh:
+                break
+            # It was fetched while it was being published, or one of the volumes is slow.
+            listing = await self._list_once(epoch)
+        return listing
+
+    async def _list_once(self, epoch: Epoch) -> Listing:
+        scratch = self._scratch / "listing"
+        await asyncio.to_thread(_fresh_folder, scratch)
+        return await self._listing(sorted(self.copies), epoch, scratch)
+
+    async def _listing(self, uuids: Sequence[str], epoch: Epoch, scratch: Path) -> Listing:
+        ending = await fetch_control(self._source(epoch), scratch, names_in(uuids))
         if ending.verdict is Verdict.REFUSED:
             raise RefusedError(f"the source's facts cannot be had: {ending.reason}")
         if ending.verdict is not Verdict.COMPLETE:
             raise ChildError(f"the source's facts cannot be had: {ending.reason}")
-        facts = await asyncio.to_thread(read_facts, scratch / FACTS_NAME)
-        path = scratch / changes_name(uuid)
-        if not path.exists():
-            return facts, None
-        return facts, read_published(await asyncio.to_thread(read_small, path, MAX_BYTES))
+        return await asyncio.to_thread(read_listing, scratch, uuids)
 
     def _guard(self, uuid: str, epoch: Epoch, facts: SourceFacts) -> VolumeFacts:
         """Everything that must be so before a byte is written (I3, I5)."""
@@ -365,13 +386,20 @@ class Fetching:
                 '"on-failback": `nfsha sync` begins the resync'
             )
         entry = await self._taint(copy, found) if resync else None
-        request = replace(self._request(copy, found, entry), folders=folders, is_replica=not resync)
+        request = replace(
+            self._request(copy, found, entry),
+            folders=folders,
+            is_replica=not resync,
+            checksum=self.careful and folders is not None,
+        )
         if why_full:
             copy.full_walks[why_full] += 1
             log.info("volume %s: a full walk: %s", here.name, why_full)
         outcome = await self._pull(copy, request, found.scratch)
         kept = None
         if entry is not None:
+            if outcome.verdict is Verdict.COMPLETE:
+                outcome = await self._settle_unreplicated(copy, found, entry, outcome)
             kept = await self._write(Quarantine(found.root_fd).finish, entry)
         self._count(copy, outcome, kept)
         if outcome.verdict is not Verdict.COMPLETE:
@@ -382,6 +410,34 @@ class Fetching:
             copy.missed_by_journal += await self._missed(copy, found, outcome)
         copy.folders = folders
         await self._completed(copy, here, done)
+
+    async def _settle_unreplicated(
+        self, copy: Copy, found: _Found, entry: Entry, outcome: PassOutcome
+    ) -> PassOutcome:
+        """Puts aside what this node wrote and nobody replicated, whatever it looks like."""
+        told = self._store.peer.get(copy.uuid)
+        from_ns = unreplicated.since_ns(found.here.stamp, found.epoch, told)
+        if from_ns is None:
+            return outcome
+        verify = Verify(
+            VerifyRequest(
+                copy.uuid,
+                found.root_fd,
+                self._source(found.epoch),
+                timeout_s=self._sync.timeout_s,
+                connect_timeout_s=self._sync.connect_timeout_s,
+            ),
+            found.scratch,
+            self._clocks.now_ms,
+        )
+        self._verifies[copy.uuid] = verify
+        try:
+            why = await unreplicated.settle(
+                verify, found.root_fd, Quarantine(found.root_fd), entry, from_ns
+            )
+        finally:
+            self._verifies.pop(copy.uuid, None)
+        return replace(outcome, verdict=Verdict.RETRY, sentence=why) if why else outcome
 
     def _is_resync(self, uuid: str, found: _Found) -> bool:
         return found.here.stamp != found.epoch or bool(self._store.taint_of(uuid))
@@ -552,7 +608,7 @@ class Fetching:
                 copy.rest(State.HELD, outcome.sentence)
             case Verdict.STOPPED | Verdict.REFUSED:
                 self._refused(copy, outcome.sentence)
-            case Verdict.KILLED if self.epoch is None:
+            case Verdict.KILLED | Verdict.RETRY if self.epoch is None:
                 copy.rest(State.OFF, "ended: the state of this node changed")
             case Verdict.INCOMPLETE:
                 # The next pass must find what vanished gone, or copy it; it comes in a second.
@@ -564,33 +620,35 @@ class Fetching:
 
     # ------------------------------------------------------------- proving
 
-    async def prove(self, uuid: str, epoch: Epoch, mark: Mark) -> str:
-        """Says in what the copy differs from a source that stands still, or "".
+    async def vouch(self, uuid: str, epoch: Epoch, listing: Listing) -> str:
+        """Says why a copy is not known to be all that the source has, or "".
 
-        The folders of the last pass are compared by content, and the source's journal must know of
-        no change since its `mark`.
+        The guards of a pass hold, and the source's journal knows of no change since its last one.
         """
-        scratch = self._scratch / f"{uuid}-proof"
+        await self._inventory.look_at(uuid)
+        mark = self._store.own.get(uuid)
+        if mark is None or mark.epoch != epoch:
+            return "it is not a whole replica"
         try:
-            folders = self._copy_of(uuid).folders
-            await asyncio.to_thread(_fresh_folder, scratch)
-            if folders:
-                here = self._inventory.by_uuid(uuid)
-                if here is None:
-                    return "it is not mounted here any more"
-                different = await self._compare(here, epoch, folders, scratch)
-                if different:
-                    return different
-            facts, changes = await self._published(uuid, epoch, scratch)
-            self._guard(uuid, epoch, facts)
-        except (RefusedError, *TROUBLES) as error:
+            self._guard(uuid, epoch, listing.facts)
+        except RefusedError as error:
             return str(error)
-        if changes is None:
-            return "the source has no change journal"
-        late, why = changes.since(mark.changes_id, mark.changes_seq)
+        late, why = listing.since(mark)
         if late is None:
             return why
         return f"{shown(late[0])} changed after the freeze" if late else ""
+
+    async def compare(self, uuid: str, epoch: Epoch, folders: tuple[bytes, ...]) -> str:
+        """Says what a dry pass over these folders, by content, finds different; "" for nothing."""
+        here = self._inventory.by_uuid(uuid)
+        if here is None:
+            return "it is not mounted here any more"
+        scratch = self._scratch / f"{uuid}-proof"
+        try:
+            await asyncio.to_thread(_fresh_folder, scratch)
+            return await self._compare(here, epoch, folders, scratch)
+        except TROUBLES as error:
+            return str(error)
 
     async def _compare(
         self, here: VolumeFacts, epoch: Epoch, folders: tuple[bytes, ...], scratch: Path
@@ -608,19 +666,62 @@ class Fetching:
                 checksum=True,
                 name=f"volume {here.name}",
             )
-            outcome = await self._pull(self._copy_of(here.identity or ""), request, scratch)
+            return await self._looked_equal(here, request, scratch)
         finally:
             os.close(root_fd)
-        if outcome.verdict is not Verdict.COMPLETE:
-            return outcome.sentence
-        if outcome.transferred_files or outcome.deletions:
-            return f"{outcome.transferred_files} files differed, {outcome.deletions} were too many"
-        return ""
+
+    async def _looked_equal(self, here: VolumeFacts, request: PassRequest, scratch: Path) -> str:
+        pull = Pull(request, scratch, self._clocks.now_ms)
+        self._looks[request.uuid] = pull
+        try:
+            found = await pull.look()
+        finally:
+            self._looks.pop(request.uuid, None)
+        if found.trouble or not found.differ:
+            return found.trouble
+        more = f", and {found.differ - 1} more" if found.differ > 1 else ""
+        return f"{here.path}/{shown(found.first)} differs from the source's{more}"
 
     # ------------------------------------------------------------- verifying
 
-    async def _verify(self, copy: Copy, epoch: Epoch) -> None:
-        """Compares contents; ordinary passes take turns with it. What differs is repaired."""
+    async def _compare_changed(self, copy: Copy, epoch: Epoch) -> None:
+        """Compares by content what changed since the epoch began, or was compared last.
+
+        For what a walk cannot see: a file that was changed, with size and time set back.
+        """
+        copy.state, copy.why = State.RUNNING, "asks the source which files changed"
+        began_ms = self._clocks.now_ms()
+        question = ChangedQuestion(copy.uuid, self._compared_ago_ms(copy, epoch), began_ms)
+        scratch = self._scratch / f"{copy.uuid}-changed"
+        await asyncio.to_thread(_fresh_folder, scratch)
+        changed = await self.asking.ask_changed(
+            question, lambda name: self._answer(epoch, scratch, name)
+        )
+        if changed is None:
+            self._failed(copy, "the source did not tell which files changed")
+            return
+        log.info(
+            "volume %s: %s are compared by content", self._inventory.name_of(copy.uuid),
+            "all files" if changed.more else f"{len(changed.names)} files that changed",
+        )  # fmt: skip
+        copy.rest(State.IDLE, "no file changed")
+        if changed.more or changed.names:
+            await self._verify(copy, epoch, None if changed.more else changed.names)
+        if copy.state is State.IDLE:
+            copy.compared = (epoch, began_ms)
+
+    def _compared_ago_ms(self, copy: Copy, epoch: Epoch) -> int | None:
+        """How long ago all that had changed was compared by content; None: not in this epoch."""
+        if copy.compared is None or copy.compared[0] != epoch:
+            return None
+        return self._clocks.now_ms() - copy.compared[1]
+
+    async def _verify(self, copy: Copy, epoch: Epoch, names: Sequence[bytes] | None = None) -> None:
+        """Compares contents; ordinary passes take turns with it. What differs is repaired.
+
+        With `names` only these, as fast as it goes.
+        """
+        began_ms = self._clocks.now_ms()
         await self._pass(copy, epoch, Reason(Cause.SCHEDULE))
         mark = self._store.own.get(copy.uuid)
         if copy.state is not State.IDLE or mark is None:
@@ -632,11 +733,15 @@ class Fetching:
         await asyncio.to_thread(_fresh_folder, scratch)
         root_fd = await asyncio.to_thread(volumes.open_root, here)
         try:
-            outcome = await self._verified(copy, epoch, mark, root_fd, scratch)
+            outcome = await self._verified(copy, epoch, mark, root_fd, scratch, names)
         finally:
             os.close(root_fd)
-        copy.verified_ns = self._clocks.wall_ns()
-        copy.damaged, copy.missed = outcome.damaged, outcome.missed
+        if names is None:
+            copy.verified_ns = self._clocks.wall_ns()
+            copy.damaged, copy.missed = outcome.damaged, outcome.missed
+        else:  # what the last whole verify found still stands
+            copy.damaged += outcome.damaged
+            copy.missed += outcome.missed
         for found in outcome.findings:
             log.error(
                 "volume %s: %s: %s: %s", here.name, shown(found.name), found.kind, found.evidence
@@ -647,19 +752,31 @@ class Fetching:
         if outcome.verdict not in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._failed(copy, outcome.sentence)
             return
-        await self._write(self._store.note_verify, copy.uuid, copy.verified_ns)
+        whole = outcome.verdict is Verdict.COMPLETE and not outcome.more
+        if names is not None and not (whole and not outcome.unrepaired):
+            self._failed(copy, f"not all that changed could be made equal: {outcome.sentence}")
+            return
+        if copy.verified_ns is not None and names is None:
+            await self._write(self._store.note_verify, copy.uuid, copy.verified_ns)
+            copy.compared = (epoch, began_ms)
         log.info("volume %s: verified: %s", here.name, outcome.sentence)
         copy.rest(State.IDLE, f"verified: {outcome.sentence}")
 
     async def _verified(
-        self, copy: Copy, epoch: Epoch, mark: Mark, root_fd: int, scratch: Path
+        self,
+        copy: Copy,
+        epoch: Epoch,
+        mark: Mark,
+        root_fd: int,
+        scratch: Path,
+        names: Sequence[bytes] | None,
     ) -> VerifyOutcome:
         verify = Verify(
             VerifyRequest(
                 copy.uuid,
                 root_fd,
                 self._source(epoch),
-                read_kib_s=self._sync.verify_bandwidth_kib_s,
+                read_kib_s=None if self.careful else self._sync.verify_bandwidth_kib_s,
                 timeout_s=self._sync.timeout_s,
                 connect_timeout_s=self._sync.connect_timeout_s,
                 expected_bytes=mark.bytes,
@@ -693,6 +810,7 @@ class Fetching:
             return await verify.run(
                 Helpers(turn, fresh_pass, ask, Quarantine(root_fd), epoch, mark),
                 copy.take_progress,
+                names=names,
             )
         finally:
             self._verifies.pop(copy.uuid, None)

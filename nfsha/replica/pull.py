@@ -54,6 +54,7 @@ from nfsha.replica.exits import Complaints, Ending, Verdict, judge
 from nfsha.replica.filling import watch_filling
 from nfsha.replica.mountinfo import at_and_below, read_mounts, visible
 from nfsha.replica.progress import Progress, ProgressReader, Stage, Stats, StatsError, Tail
+from nfsha.replica.room import lacking
 from nfsha.replica.stall import Activity, StallWatch, activity
 
 __all__ = [
@@ -151,7 +152,8 @@ class Planned:
     """What a pass would do, by a dry run that changed nothing. `deletions` counts files.
 
     `held`: why `plan` would have to wait. `names`: the first of what would be replaced or deleted.
-    `trouble`: why nothing is known.
+    `trouble`: why nothing is known. `differ`: how many things the pass would copy, delete or set
+    right in whatever way, and `first` is the name of one.
     """
 
     copy_files: int = 0
@@ -162,6 +164,8 @@ class Planned:
     plan: DeletionPlan | None = None
     held: str = ""
     trouble: str = ""
+    differ: int = 0
+    first: bytes = b""
 
 
 @dataclass(slots=True)
@@ -304,6 +308,8 @@ class Pull:
             names=(*reader.replaced_names, *gone[:MAX_REPLACED_NAMES]),
             plan=plan if plan.count else None,
             held=held,
+            differ=reader.items,
+            first=reader.first,
         )
 
     async def end(self, within_s: float = _END_WITHIN_S, *, at_once: bool = False) -> None:
@@ -390,6 +396,9 @@ class Pull:
             self._plan = plan if plan.count else None
             held = await asyncio.to_thread(self._ruling, reader)
             may_delete = bool(plan.count or reader.old_parts) and not held
+            if lack := await asyncio.to_thread(self._lacking, run.stats):
+                self._tally.endings.append(Ending(Verdict.REFUSED, 0, lack))
+                return ""
         ceiling = min(self._ceiling + reader.old_parts, _INT_MAX) if may_delete else 0
         if reader.copies:
             copied = await self._copy_planned(course, reader, run.stats, ceiling)
@@ -574,6 +583,19 @@ class Pull:
         return f"it was ended after {request.longest_s} s, the longest that it may take"
 
     # ------------------------------------------------------------- judging
+
+    def _lacking(self, planned: Stats) -> str:
+        """Why a resync cannot begin, for nothing that it replaces becomes free; it blocks."""
+        if self.request.resync_backup is None:
+            return ""
+        found = os.fstatvfs(self.request.root_fd)
+        return lacking(
+            planned.transferred + planned.created_folders,
+            planned.transferred_bytes,
+            used_there_bytes=self.request.expected_bytes or 0,
+            free_bytes=found.f_bavail * found.f_frsize,
+            free_inodes=found.f_favail if found.f_files else None,
+        )
 
     def _ruling(self, reader: PlanReader) -> str:
         """Why the plan has to wait; looks at the volume, so it blocks."""

@@ -1,4 +1,4 @@
-"""How the passive node asks the active one about single files, and how that one answers.
+"""How the passive node asks the active one about files, and how that one answers.
 
 A question travels with the asker's facts, under an id that is its digest; the
 answer lies in the source's control module under a name with that id. Level-triggered: who hears a
@@ -14,9 +14,10 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from nfsha.replica import suspects, volumes
+from nfsha.replica import changed_files, suspects, volumes
+from nfsha.replica.changed_files import ChangedError, ChangedFiles, ChangedQuestion
 from nfsha.replica.durable import names_after, read_small, write_durably
 from nfsha.replica.suspects import SuspectAnswer, SuspectError, SuspectQuestion
 from nfsha.replica.volume_facts import VolumeError, VolumeFacts
@@ -25,12 +26,20 @@ log = logging.getLogger(__name__)
 
 MAX_OPEN: Final = 4
 ANSWER_WITHIN_S: Final = 120.0
+ASK_FIRST_S: Final = 0.2
 ASK_EVERY_S: Final = 1.0
+"""How long to wait before the first look for an answer; twice as long each time, up to this."""
+CHANGED_WITHIN_S: Final = 600.0
+"""To look at each file of a volume takes about 10 s for a million that the kernel knows, and
+minutes where the disk must be read."""
 MAX_ANSWER_BYTES: Final = 8 << 20
 _PREFIX: Final = "answer-"
 
+Question = SuspectQuestion | ChangedQuestion
+_Answer = TypeVar("_Answer")
 
-def question_id(question: SuspectQuestion) -> str:
+
+def question_id(question: Question) -> str:
     """The same question has the same id."""
     text = json.dumps(question.to_json(), sort_keys=True).encode()
     return hashlib.sha256(text).hexdigest()[:32]
@@ -47,7 +56,7 @@ class Asking:
     def __init__(self, changed: Callable[[], None]) -> None:
         """`changed`: the facts for the other node say something else now."""
         self._changed = changed
-        self._open: dict[str, SuspectQuestion] = {}
+        self._open: dict[str, Question] = {}
 
     def as_json(self) -> list[dict[str, Any]]:
         """For the facts."""
@@ -62,19 +71,43 @@ class Asking:
         fetch: Callable[[str], Awaitable[Path | None]],
     ) -> tuple[SuspectAnswer, ...] | None:
         """Asks, and waits for the answer; None when none came. `fetch` gets a published file."""
+        return await self._ask(
+            question,
+            fetch,
+            lambda document: suspects.answers_from_json(document, question),
+            ANSWER_WITHIN_S,
+        )
+
+    async def ask_changed(
+        self,
+        question: ChangedQuestion,
+        fetch: Callable[[str], Awaitable[Path | None]],
+    ) -> ChangedFiles | None:
+        """The same for the files that changed."""
+        return await self._ask(question, fetch, ChangedFiles.from_json, CHANGED_WITHIN_S)
+
+    async def _ask(
+        self,
+        question: Question,
+        fetch: Callable[[str], Awaitable[Path | None]],
+        read: Callable[[object], _Answer],
+        within_s: float,
+    ) -> _Answer | None:
         number = question_id(question)
         self._open[number] = question
         self._changed()
+        pause_s = ASK_FIRST_S
         try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
+            async with asyncio.timeout(within_s):
                 while True:
-                    await asyncio.sleep(ASK_EVERY_S)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, ASK_EVERY_S)
                     path = await fetch(answer_name(number))
                     if path is not None:
-                        return await asyncio.to_thread(_read, path, question)
+                        return await asyncio.to_thread(lambda file: read(_read(file)), path)
         except TimeoutError:
             return None
-        except SuspectError as error:
+        except (SuspectError, ChangedError) as error:
             log.warning("the source's answer is refused: %s", error)
             return None
         finally:
@@ -82,12 +115,18 @@ class Asking:
             self._changed()
 
 
-def _read(path: Path, question: SuspectQuestion) -> tuple[SuspectAnswer, ...]:
+def _read(path: Path) -> object:
     try:
-        document = json.loads(read_small(path, MAX_ANSWER_BYTES))
+        return json.loads(read_small(path, MAX_ANSWER_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise SuspectError(f"it cannot be read: {error}") from error
-    return suspects.answers_from_json(document, question)
+
+
+def question_from_json(document: object) -> Question:
+    """Reads either kind. SuspectError or ChangedError for anything else."""
+    if ChangedQuestion.is_meant(document):
+        return ChangedQuestion.from_json(document)
+    return SuspectQuestion.from_json(document)
 
 
 class Answering:
@@ -99,7 +138,7 @@ class Answering:
 
     async def heard(
         self,
-        questions: Iterable[SuspectQuestion],
+        questions: Iterable[Question],
         volume: Callable[[str], VolumeFacts | None],
     ) -> None:
         """Answers what is asked and not answered yet, and forgets what is asked no more.
@@ -115,9 +154,7 @@ class Answering:
             if number not in self._busy and not (self._public / answer_name(number)).exists():
                 await self._answer(number, question, volume(question.uuid))
 
-    async def _answer(
-        self, number: str, question: SuspectQuestion, one: VolumeFacts | None
-    ) -> None:
+    async def _answer(self, number: str, question: Question, one: VolumeFacts | None) -> None:
         if one is None:
             return
         self._busy.add(number)
@@ -129,7 +166,11 @@ class Answering:
             self._busy.discard(number)
 
 
-def _write(path: Path, one: VolumeFacts, question: SuspectQuestion) -> None:
+def _write(path: Path, one: VolumeFacts, question: Question) -> None:
+    document: object
     with volumes.root_of(one) as root_fd:
-        answers = suspects.answer(root_fd, question)
-    write_durably(path, json.dumps(suspects.answers_to_json(answers)).encode())
+        if isinstance(question, ChangedQuestion):
+            document = changed_files.answer(root_fd, question).to_json()
+        else:
+            document = suspects.answers_to_json(suspects.answer(root_fd, question))
+    write_durably(path, json.dumps(document).encode())

@@ -1,42 +1,36 @@
 """The receiving side of a handover: near to the giver while it serves, then equal to it, proved.
 
-`approach` makes passes, a full walk among them, until what one brings would fit the clients' stall,
-and says so; `finish` runs while the giver stands still: one last pass of what its change journal
-names, then a comparison of those folders by content that must find nothing to do, then a look that
-the journal named nothing since. Whether a handover may go on is not decided here.
+`approach` walks each volume once and compares by content what changed since the takeover, then
+makes passes of what the giver's change journal names, by content too, until the rest would fit the
+clients' stall. `finish` runs while the giver stands still: one list of what changed since, one last
+pass of it, a dry pass over the same folders by content that must find nothing, and another list:
+the journal has seen no write since the first. Whether a handover may go on is not decided here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged
 from nfsha.core.replication import Approach, Finish, Flow
 from nfsha.replica.clocks import Clocks
+from nfsha.replica.convergence import Convergence, Took
 from nfsha.replica.copying import State
-from nfsha.replica.fetching import Fetching
+from nfsha.replica.fetching import TROUBLES, Fetching, RefusedError
+from nfsha.replica.listing import Listing
 from nfsha.replica.marks import Mark
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.tally import Tally
 
 log = logging.getLogger(__name__)
 
-MAX_PASSES = 12
-"""More passes than that never came near: something writes too fast."""
+MAX_ROUNDS = 20
+"""More rounds of passes than that never came near: something writes too fast."""
 
 MAX_FAILURES = 3
 """So many passes in a row may fail while the giver serves."""
-
-STALL_SHARE = 2
-"""The last pass and its proof may take as long as this many of the passes before."""
-
-SHRINKS_BY = 0.8
-"""A pass that takes more than this share of the one before does not come nearer."""
-
-PATIENCE = 3
-"""So many passes in a row may come no nearer."""
 
 
 class FarError(Exception):
@@ -51,15 +45,17 @@ class Receiving:
         fetching: Fetching,
         max_stall_ms: int,
         *,
+        parallel: int,
         clocks: Clocks,
         name_of: Callable[[str], str],
         marks: Callable[[], dict[str, Mark]],
         report: Callable[[PresyncChanged | FinalChanged], None],
         watch: Callable[[asyncio.Task[None]], None],
     ) -> None:
-        """`report` gives the core what it waits for."""
+        """`parallel` volumes are proved at once; `report` gives the core what it waits for."""
         self._fetching = fetching
         self._max_stall_ms = max_stall_ms
+        self._parallel = parallel
         self._clocks = clocks
         self._name_of = name_of
         self._marks = marks
@@ -67,9 +63,6 @@ class Receiving:
         self._watch = watch
         self._step: Approach | Finish | None = None
         self._task: asyncio.Task[None] | None = None
-        self.passes = 0
-        """How many passes this handover has made."""
-        self.last_pass_ms = 0
         self.tally = Tally()
         """What this handover, or the last one, has done."""
 
@@ -91,6 +84,7 @@ class Receiving:
             self._run(self._finish(step), FinalChanged, step.handover)
         else:
             self._fetching.tally = None
+            self._fetching.careful = False
             self._fetching.schedule.let_go()
 
     def _run(
@@ -119,59 +113,103 @@ class Receiving:
     # ------------------------------------------------------------- near
 
     async def _approach(self, step: Approach) -> None:
-        self.passes, self.last_pass_ms = 0, 0
         self.tally = self._fetching.tally = Tally()
         stuck = await self._fetching.end()  # a verify would keep its volume for hours
         if stuck:
             raise FarError(stuck)
         self._fetching.begin(step.epoch)
         self._fetching.schedule.hold()
-        failures = far = 0
-        while self.passes < MAX_PASSES:
-            kind = Kind.ORDINARY if self.passes or step.urgent else Kind.FULL
-            before_ms, began_ms = self.last_pass_ms, self._clocks.now_ms()
-            what = "changes" if self.passes else "full"
-            trouble = await self._round(what, self._fetching.copies, kind)
-            if trouble:
-                failures += 1
-                if failures >= MAX_FAILURES:
-                    raise FarError(trouble)
-                continue
-            failures = 0
-            self.passes += 1
-            self.last_pass_ms = self._clocks.now_ms() - began_ms
-            if kind is Kind.ORDINARY and self.last_pass_ms * STALL_SHARE <= self._max_stall_ms:
+        # What is urgent (nobody is served there any more) does with what the journals name.
+        self._fetching.careful = not step.urgent
+        near = Convergence(self._max_stall_ms)
+        walked = set(self._fetching.copies) if step.urgent else set[str]()
+        failures = 0
+        for _ in range(MAX_ROUNDS):
+            trouble = await self._round_near(step.epoch, near, walked)
+            failures = failures + 1 if trouble else 0
+            if failures >= MAX_FAILURES:
+                raise FarError(trouble)
+            if not trouble and near.near and walked >= self._fetching.copies.keys():
                 return
-            comes_nearer = self.passes < 3 or self.last_pass_ms < before_ms * SHRINKS_BY
-            far = 0 if comes_nearer else far + 1
-            if far >= PATIENCE:
+            if near.hopeless:
                 break
-        raise FarError(
-            f"a pass still takes {self.last_pass_ms / 1000:.1f} s after {self.passes} passes, and "
-            f"handover.max_stall is {self._max_stall_ms / 1000:g} s: something writes too fast "
-            f"(the most in {self._busiest()})"
-        )
+        raise FarError(near.sentence())
 
-    async def _round(self, what: str, volumes: Iterable[str], kind: Kind) -> str:
-        """`_passes_of`, counted."""
+    async def _round_near(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
+        """One round of passes while the giver serves; returns what went wrong, or "".
+
+        `walked`: the volumes of which all was compared, and the giver's journal knows what changed
+        since. The others are walked first.
+        """
+        if not (left := self._fetching.copies.keys() - walked):
+            return await self._round_of_changes(epoch, near, walked)
+        trouble = await self._round("full", dict.fromkeys(sorted(left), Kind.FULL))
+        if not trouble:
+            walked |= left
+        return trouble
+
+    async def _round_of_changes(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
+        began_ms = self._clocks.now_ms()
+        try:
+            listing = await self._fetching.list_all(epoch)
+        except RefusedError as error:
+            raise FarError(str(error)) from error
+        except TROUBLES as error:
+            return str(error)
+        changed: dict[str, tuple[bytes, ...]] = {}
+        for uuid in self._fetching.copies:
+            folders, why = self._since_last_pass(uuid, epoch, listing)
+            if folders is None:
+                log.warning("volume %s is walked once more: %s", self._name_of(uuid), why)
+                walked.discard(uuid)
+            elif folders:
+                changed[uuid] = folders
+        if not walked >= self._fetching.copies.keys():
+            return ""
+        trouble = await self._round("changes", dict.fromkeys(changed, Kind.ORDINARY), listing)
+        if not trouble:
+            marks = self._marks()
+            took = {
+                self._name_of(uuid): Took(marks[uuid].duration_ms, folders)
+                for uuid, folders in changed.items()
+                if uuid in marks
+            }
+            near.add(self._clocks.now_ms() - began_ms, took)
+        return trouble
+
+    def _since_last_pass(
+        self, uuid: str, epoch: Epoch, listing: Listing
+    ) -> tuple[tuple[bytes, ...] | None, str]:
+        """The folders that changed since the last pass of a volume, or None and why."""
+        mark = self._marks().get(uuid)
+        if mark is None or mark.epoch != epoch:
+            return None, "it is not a whole replica"
+        return listing.since(mark)
+
+    async def _round(
+        self, what: str, kinds: Mapping[str, Kind], listing: Listing | None = None
+    ) -> str:
+        """`_passes_of`, counted; with a listing the passes go by that."""
         began_ms, trouble = self._clocks.now_ms(), "it was broken off"
         self.tally.begin_round(what)
+        self._fetching.listed = listing
         try:
-            trouble = await self._passes_of(volumes, kind)
+            trouble = await self._passes_of(kinds)
         except FarError as error:
             trouble = str(error)
             raise
         finally:
+            self._fetching.listed = None
             self.tally.end_round(self._clocks.now_ms() - began_ms, trouble)
         return trouble
 
-    async def _passes_of(self, volumes: Iterable[str], kind: Kind) -> str:
+    async def _passes_of(self, kinds: Mapping[str, Kind]) -> str:
         """One pass of each volume; returns what went wrong, or "". FarError for what will not."""
-        wanted = list(volumes)
-        reason = Reason(Cause.COMMAND, kind)
         schedule = self._fetching.schedule
-        came = await asyncio.gather(*(schedule.make(uuid, reason) for uuid in wanted))
-        for uuid, done in zip(wanted, came, strict=True):
+        came = await asyncio.gather(
+            *(schedule.make(uuid, Reason(Cause.COMMAND, kind)) for uuid, kind in kinds.items())
+        )
+        for uuid, done in zip(kinds, came, strict=True):
             copy = self._fetching.copies.get(uuid)
             if copy is None or not done:
                 return f"volume {self._name_of(uuid)}: its pass was broken off"
@@ -181,29 +219,42 @@ class Receiving:
                 return f"volume {self._name_of(uuid)}: {copy.why}"
         return ""
 
-    def _busiest(self) -> str:
-        marks = self._marks()
-        busiest = max(marks, key=lambda uuid: marks[uuid].duration_ms, default="")
-        return f"volume {self._name_of(busiest)}" if busiest else "no volume"
-
     # ------------------------------------------------------------- equal
 
     async def _finish(self, step: Finish) -> None:
+        """One fetch for all volumes before the last passes, and one after the proof of them."""
+        self._fetching.careful = False  # the proof itself reads all that the last pass looks at
         volumes = tuple(self._fetching.copies)
-        trouble = await self._round("last", volumes, Kind.ORDINARY)
+        frozen = await self._list(step.epoch)
+        changed = {}
+        for uuid in volumes:
+            folders, why = self._since_last_pass(uuid, step.epoch, frozen)
+            if folders is None:
+                raise FarError(f"volume {self._name_of(uuid)} cannot be proved equal: {why}")
+            if folders:
+                changed[uuid] = folders
+        trouble = await self._round("last", dict.fromkeys(changed, Kind.ORDINARY), frozen)
         if trouble:
             raise FarError(trouble)
-        await asyncio.gather(*(self._prove(uuid, step.epoch) for uuid in volumes))
+        at_once = asyncio.Semaphore(self._parallel)
+        await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
+        last = await self._list(step.epoch)
+        for uuid in volumes:
+            self._refuse(uuid, await self._fetching.vouch(uuid, step.epoch, last))
 
-    async def _prove(self, uuid: str, epoch: Epoch) -> None:
-        name = self._name_of(uuid)
-        mark = self._marks().get(uuid)
-        if mark is None or mark.epoch != epoch:
-            raise FarError(f"volume {name} is not a whole replica")
-        if mark.walk != "folders":
-            raise FarError(
-                f"volume {name}: the giver's change journal could not vouch for the last pass"
-            )
-        difference = await self._fetching.prove(uuid, epoch, mark)
+    async def _list(self, epoch: Epoch) -> Listing:
+        try:
+            return await self._fetching.list_all(epoch)
+        except (RefusedError, *TROUBLES) as error:
+            raise FarError(str(error)) from error
+
+    async def _prove(
+        self, changed: tuple[str, tuple[bytes, ...]], epoch: Epoch, at_once: asyncio.Semaphore
+    ) -> None:
+        uuid, folders = changed
+        async with at_once:
+            self._refuse(uuid, await self._fetching.compare(uuid, epoch, folders))
+
+    def _refuse(self, uuid: str, difference: str) -> None:
         if difference:
-            raise FarError(f"volume {name} is not proved equal: {difference}")
+            raise FarError(f"volume {self._name_of(uuid)} is not proved equal: {difference}")

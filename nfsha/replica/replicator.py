@@ -122,6 +122,7 @@ class Replicator:
         self.receiving = Receiving(
             self.fetching,
             settings.handover.max_stall_ms,
+            parallel=settings.sync.parallel,
             clocks=clocks,
             name_of=self.inventory.name_of,
             marks=lambda: self.store.own,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 MAX_ROUNDS: Final = 100
-"""More than a handover may make (receiving.MAX_PASSES, its failures and the last one)."""
+"""More than a handover may make (receiving.MAX_ROUNDS, and the last one)."""
 
 
 @dataclass(slots=True)

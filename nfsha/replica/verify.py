@@ -227,11 +227,22 @@ class Verify:
         self._own_writes = asyncio.Lock()
 
     async def run(
-        self, helpers: Helpers, progress: Callable[[Progress], None], *, repair: bool = True
+        self,
+        helpers: Helpers,
+        progress: Callable[[Progress], None],
+        *,
+        names: Sequence[bytes] | None = None,
+        repair: bool = True,
     ) -> VerifyOutcome:
-        """Verifies the whole volume; with `repair`, what differs is made equal to the source."""
+        """Verifies the whole volume, or only the files of these names.
+
+        With `repair`, what differs is made equal to the source.
+        """
         began_ms = self._clock_ms()
-        first = await self.look(helpers.turn, progress)
+        if names is None:
+            first = await self.look(helpers.turn, progress)
+        else:
+            first = await self.look_at(names, helpers.turn, progress)
         outcome = await self._after(first, helpers, repair=repair)
         return _with_seconds(outcome, (self._clock_ms() - began_ms) / 1000)
 
@@ -249,28 +260,37 @@ class Verify:
             await asyncio.to_thread(slices.close)
 
     async def look_at(
-        self, names: Sequence[bytes], turn: Callable[[], AbstractAsyncContextManager[object]]
+        self,
+        names: Sequence[bytes],
+        turn: Callable[[], AbstractAsyncContextManager[object]],
+        progress: Callable[[Progress], None] = lambda _: None,
     ) -> Look:
         """Compares only these files."""
         tally = _Tally()
         sizes = await asyncio.to_thread(_sizes, self._request.root_fd, names)
         slices = _in_slices(zip(names, sizes, strict=True), self._slice_bytes)
-        return await self._look(slices, tally, turn, lambda _: None)
+        return await self._look(slices, tally, turn, progress)
 
-    async def repair(self, entry: Entry, helpers: Helpers, names: Sequence[bytes]) -> Ending:
+    async def repair(
+        self,
+        entry: Entry,
+        quarantine: Quarantine,
+        turn: Callable[[], AbstractAsyncContextManager[object]],
+        names: Sequence[bytes],
+    ) -> Ending:
         """Puts the old copies into the entry, then transfers exactly these files by checksum.
 
         The old copies stay in their places until rsync replaces each by rename, so that no moment
         is without a file. Names that could not be put aside are not transferred.
         """
-        kept = await self._writes(lambda: helpers.quarantine.keep(entry, names, in_place=True))
+        kept = await self._writes(lambda: quarantine.keep(entry, names, in_place=True))
         if kept is None or self._stop.is_set():
             return _ENDED
         if not kept.names:
             why = kept.refused[0].why if kept.refused else "none was named"
             return Ending(Verdict.FAILED, 0, f"no old copy could be put aside: {why}")
         size = sum(await asyncio.to_thread(_sizes, self._request.root_fd, kept.names))
-        async with helpers.turn():
+        async with turn():
             await self._writes(lambda: _make_incoming(self._request.root_fd))
             with _listed(self._scratch, kept.names) as listed:
                 course = self._course(listed, self._timeout_s(size))
@@ -356,7 +376,7 @@ class Verify:
         ))  # fmt: skip
         if began is None:
             return (), None, _ENDED
-        ending = await self.repair(began, helpers, names)
+        ending = await self.repair(began, helpers.quarantine, helpers.turn, names)
         done = await self._writes(lambda: helpers.quarantine.finish(began))
         kept_in = done.name if done else began.name if self._stop.is_set() else None
         if ending.verdict not in _GOES_ON:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nfsha.peer import pages
 from nfsha.replica import questions
+from nfsha.replica.changed_files import ChangedError, ChangedFiles
 from nfsha.replica.exchange import (
     MAX_QUESTIONS,
     MAX_VOLUMES,
@@ -24,7 +25,7 @@ from nfsha.replica.exchange import (
 from nfsha.replica.marks import EVERYTHING, MarkStore
 from nfsha.replica.questions import question_id
 from nfsha.replica.source_facts import read_facts
-from nfsha.replica.suspects import SuspectError, SuspectQuestion
+from nfsha.replica.suspects import SuspectError, SuspectQuestion, answers_from_json
 from nfsha.replica.volume_facts import VolumeError, as_json, epoch_as_json
 from tests.unit.test_replica_marks import EPOCH, FIRST, NOW_NS, SECOND, facts, mark
 
@@ -179,7 +180,8 @@ def test_what_is_fetched_is_read_or_refused(
     file.write_bytes(garbage)
     for read, refusals in (
         (read_facts, VolumeError),
-        (lambda path: questions._read(path, QUESTION), SuspectError),
+        (lambda path: answers_from_json(questions._read(path), QUESTION), SuspectError),
+        (lambda path: ChangedFiles.from_json(questions._read(path)), (SuspectError, ChangedError)),
     ):
         try:
             read(file)

@@ -362,7 +362,7 @@ class Scripted(Verify):
     async def look(self, turn: object, progress: object) -> Look:
         return self.looks.pop(0)
 
-    async def look_at(self, names: object, turn: object) -> Look:
+    async def look_at(self, names: object, turn: object, progress: object = lambda _: None) -> Look:
         return self.looks.pop(0)
 
 

@@ -1,0 +1,266 @@
+"""The receiver's rounds: when they are near enough, what ends them, and what the proof wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, Role
+from nfsha.core.replication import Approach, Finish, Rest
+from nfsha.replica.clocks import Clocks
+from nfsha.replica.convergence import Convergence, Took
+from nfsha.replica.copying import Copy, State
+from nfsha.replica.fetching import Fetching, RefusedError
+from nfsha.replica.listing import Listing, names_in, read_listing
+from nfsha.replica.marks import Mark
+from nfsha.replica.published import Published, encode_published
+from nfsha.replica.receiving import MAX_FAILURES, Receiving
+from nfsha.replica.schedule import Kind, Reason
+from nfsha.replica.source_facts import SourceFacts
+
+EPOCH = Epoch(3, "00000000000000aa", Role.STANDBY)
+NEXT = Epoch(4, "00000000000000bb", Role.PRIMARY)
+UUIDS = ("0d8ab111-3c0a-4d4f-9d7c-0123456789ab", "0d8ab111-3c0a-4d4f-9d7c-0123456789ac")
+JOURNAL = "00000000000000cc"
+FACTS = SourceFacts(EPOCH, 100, (), {})
+
+
+def mark(uuid: str, seq: int, walk: str = "folders") -> Mark:
+    return Mark(uuid, EPOCH, 1, 0, 0, 0, 0, 10, walk, JOURNAL, seq)
+
+
+def published(uuid: str, last: int, folders: Mapping[bytes, int], **more: Any) -> Published:
+    changed = tuple(sorted(folders.items()))
+    return replace(Published(uuid, JOURNAL, 1, last, 0, "", 100, changed), **more)
+
+
+class Source:
+    """A giver, and a `Fetching` in front of it that notes what is asked of it."""
+
+    def __init__(self, *uuids: str) -> None:
+        self.copies = {uuid: Copy(uuid) for uuid in uuids}
+        self.marks: dict[str, Mark] = {}
+        self.lists: dict[str, Published] = {uuid: published(uuid, 0, {}) for uuid in uuids}
+        self.now_ms = 0
+        self.takes_ms: dict[Kind, list[int]] = {Kind.FULL: [], Kind.ORDINARY: []}
+        self.done: list[str] = []
+        self.differs: dict[str, str] = {}
+        self.after_freeze: dict[str, Published] = {}
+        self.troubles: list[Exception] = []
+        self.careful = False
+        self.listed: Listing | None = None
+        self.tally: object = None
+        self.schedule = SimpleNamespace(
+            make=self.make, hold=lambda: None, let_go=lambda: self.done.append("let go")
+        )
+
+    def change(self, uuid: str, folder: bytes) -> None:
+        known = self.lists[uuid]
+        folders = dict(known.folders) | {folder: known.last + 1}
+        self.lists[uuid] = published(uuid, known.last + 1, folders)
+
+    async def end(self) -> str:
+        return ""
+
+    def begin(self, epoch: Epoch) -> None:
+        assert epoch == EPOCH
+
+    async def list_all(self, epoch: Epoch) -> Listing:
+        self.done.append("list")
+        if self.troubles:
+            raise self.troubles.pop(0)
+        return Listing(FACTS, dict(self.lists))
+
+    async def make(self, uuid: str, reason: Reason) -> bool:
+        self.done.append(f"{reason.kind} {UUIDS.index(uuid)}{' careful' if self.careful else ''}")
+        assert (self.listed is None) is (reason.kind is Kind.FULL)
+        times = self.takes_ms[reason.kind]
+        self.now_ms += times.pop(0) if times else 100
+        self.marks[uuid] = mark(uuid, self.lists[uuid].last)
+        self.copies[uuid].state = State.IDLE
+        return True
+
+    async def compare(self, uuid: str, epoch: Epoch, folders: tuple[bytes, ...]) -> str:
+        self.done.append(f"compare {UUIDS.index(uuid)} {b' '.join(folders).decode()}")
+        if uuid in self.after_freeze:
+            self.lists[uuid] = self.after_freeze[uuid]
+        return self.differs.get(uuid, "")
+
+    async def vouch(self, uuid: str, epoch: Epoch, listing: Listing) -> str:
+        late, why = listing.since(self.marks[uuid])
+        return why if late is None else f"{late} changed" if late else ""
+
+
+Report = PresyncChanged | FinalChanged
+
+
+def receive(source: Source, step: Approach | Finish, max_stall_ms: int = 10_000) -> Report:
+    """What the core is told of one step."""
+
+    async def scene() -> Report:
+        told: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        receiving = Receiving(
+            cast("Fetching", source), max_stall_ms, parallel=2,
+            clocks=Clocks(lambda: source.now_ms, lambda: 0),
+            name_of=lambda uuid: f"v{UUIDS.index(uuid)}", marks=lambda: source.marks,
+            report=told.set_result, watch=lambda _: None,
+        )  # fmt: skip
+        receiving.follow(step)
+        found = await told
+        receiving.follow(Rest("it is over"))
+        return found
+
+    return asyncio.run(scene())
+
+
+APPROACH = Approach(EPOCH, NEXT, more=True)
+FINISH = Finish(EPOCH, NEXT)
+
+
+def test_a_full_walk_comes_first_and_then_only_what_changed_until_it_fits() -> None:
+    source = Source(*UUIDS)
+    source.change(UUIDS[0], b"a")
+    writes = source.make
+
+    async def make(uuid: str, reason: Reason) -> bool:
+        done = await writes(uuid, reason)
+        if reason.kind is Kind.FULL:
+            source.change(UUIDS[0], b"b")
+        return done
+
+    source.schedule.make = make
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    # Both walks were before the second change: the pass of it is by content.
+    assert source.done == [
+        "full 0 careful",
+        "full 1 careful",
+        "list",
+        "ordinary 0 careful",
+        "let go",
+    ]
+    assert not source.careful
+
+
+def test_what_does_not_shrink_ends_it_and_names_the_volume_and_its_busiest_folders() -> None:
+    source = Source(*UUIDS)
+    source.takes_ms[Kind.ORDINARY] = [8000] * 20
+    listing = source.list_all
+
+    async def list_all(epoch: Epoch) -> Listing:
+        source.change(UUIDS[1], b"mail/queue")
+        if source.done.count("list") == 2:
+            source.change(UUIDS[1], b"cold")
+        return await listing(epoch)
+
+    source.list_all = list_all  # type: ignore[method-assign]
+    found = receive(source, APPROACH)
+    assert isinstance(found, PresyncChanged) and not found.ready
+    assert "about 16.0 s, and handover.max_stall is 10 s" in found.failed
+    assert "Volume v1 is written too fast, in the folders mail/queue, cold" in found.failed
+    assert source.done.count("list") == 4  # the first, and three that came no nearer
+
+
+def test_a_journal_that_is_lost_after_the_walk_means_another_walk() -> None:
+    source = Source(UUIDS[0])
+    listing = source.list_all
+
+    async def list_all(epoch: Epoch) -> Listing:
+        found = await listing(epoch)
+        if source.done.count("list") == 1:
+            lost = published(UUIDS[0], 5, {}, complete_from=5, walk_reason="too many")
+            source.lists[UUIDS[0]] = lost
+            return Listing(FACTS, dict(source.lists))
+        return found
+
+    source.list_all = list_all  # type: ignore[method-assign]
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    assert source.done == ["full 0 careful", "list", "full 0 careful", "list", "let go"]
+
+
+def test_passes_that_fail_again_and_again_end_it() -> None:
+    source = Source(UUIDS[0])
+    source.troubles = [OSError("no answer")] * MAX_FAILURES
+    found = receive(source, APPROACH)
+    assert isinstance(found, PresyncChanged) and found.failed == "no answer"
+    source.troubles = [OSError("no answer")] * (MAX_FAILURES - 1)
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    source.troubles = [RefusedError("another epoch")]
+    found = receive(source, APPROACH)
+    assert isinstance(found, PresyncChanged) and found.failed == "another epoch"
+
+
+def frozen() -> Source:
+    source = Source(*UUIDS)
+    for uuid in UUIDS:
+        source.marks[uuid] = mark(uuid, 0)
+    source.change(UUIDS[0], b"a")
+    return source
+
+
+def test_frozen_only_what_changed_is_copied_and_compared_between_two_lists() -> None:
+    source = frozen()
+    assert receive(source, FINISH) == FinalChanged(NEXT, True)
+    assert source.done == ["list", "ordinary 0", "compare 0 a", "list", "let go"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"differs": "a/file differs"}, "v0 is not proved equal: a/file differs"),
+        ({"after": {"last": 2, "folders": ((b"late", 2),)}}, "is not proved equal: (b'late',)"),
+        ({"after": {"complete_from": 2, "last": 2, "walk_reason": "overflow"}}, "equal: overflow"),
+        ({"after": {"as_of_ns": 99}}, "could not tell the newest changes in time"),
+        ({"after": {"journal_id": "00000000000000dd"}}, "began anew"),
+        ({"before": {"complete_from": 1, "walk_reason": "lost"}}, "cannot be proved equal: lost"),
+        ({"before": {"as_of_ns": 99}}, "could not tell the newest changes in time"),
+    ],
+)
+def test_whatever_is_not_proved_ends_it(change: dict[str, Any], why: str) -> None:
+    source = frozen()
+    if "differs" in change:
+        source.differs[UUIDS[0]] = change["differs"]
+    if "after" in change:
+        source.after_freeze[UUIDS[0]] = replace(source.lists[UUIDS[0]], **change["after"])
+    if "before" in change:
+        source.lists[UUIDS[1]] = replace(source.lists[UUIDS[1]], **change["before"], last=1)
+    found = receive(source, FINISH)
+    assert isinstance(found, FinalChanged) and not found.proved
+    assert why in found.failed
+
+
+def test_a_copy_that_is_no_whole_replica_is_not_proved() -> None:
+    source = frozen()
+    del source.marks[UUIDS[1]]
+    found = receive(source, FINISH)
+    assert isinstance(found, FinalChanged) and "it is not a whole replica" in found.failed
+
+
+def test_a_listing_is_read_whole(tmp_path: Path) -> None:
+    assert names_in(UUIDS[:1]) == ["facts.json", f"changes-{UUIDS[0]}"]
+    facts = (
+        b'{"nfsha_facts": 1, "epoch": {"number": 3, "id": "00000000000000aa", '
+        b'"authority": "standby"}, "as_of_ns": 5, "volumes": [], "stamped_ns": {}}'
+    )
+    (tmp_path / "facts.json").write_bytes(facts)
+    (tmp_path / f"changes-{UUIDS[0]}").write_bytes(encode_published(published(UUIDS[0], 0, {})))
+    found = read_listing(tmp_path, UUIDS)
+    assert found.is_fresh and found.since(mark(UUIDS[0], 0)) == ((), "")
+    assert found.since(mark(UUIDS[1], 0)) == (None, "the source has no change journal")
+
+
+def test_rounds_that_shrink_are_not_hopeless() -> None:
+    near = Convergence(1000)
+    for took_ms in (9000, 7000, 5600, 4400):
+        near.add(took_ms, {"data": Took(took_ms, (b".",))})
+        assert not near.near and not near.hopeless
+    for took_ms in (4000, 3900, 3800):
+        near.add(took_ms, {})
+    assert near.hopeless and "too slow" in near.sentence()
+    near.add(500, {})
+    assert near.near and near.predicted_ms == 1000
