@@ -11,6 +11,8 @@ TESTS := $(wildcard tests/unit tests/sim tests/netns)
 
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
 PYTEST := timeout --foreground --signal=INT --kill-after=20 1470 $(PYTHON) -m pytest --session-timeout=1420
+# Two processes: whole pairs, which mostly wait, in one; all else beside them (tests/conftest.py).
+BESIDE := -n 2 --dist loadgroup
 
 .PHONY: help setup venv demo test test-all test-versions check format sim bench-failover bench-replication \
 	bench-failback lab-up lab-shell lab-down lock docs clean
@@ -28,10 +30,10 @@ demo: setup ## two storage servers in a box: kill one, watch the other take over
 	@$(PYTHON) -m tests.netns.demo
 
 test: setup ## all tests but the slow ones (root; at most 25 minutes)
-	@$(PYTEST) -m "not slow" $(TESTS)
+	@$(PYTEST) $(BESIDE) -m "not slow" $(TESTS)
 
 test-all: setup ## all tests, however long they take, properties on new examples each time (root)
-	@$(PYTHON) -m pytest --hypothesis-profile=explore $(TESTS)
+	@$(PYTHON) -m pytest $(BESIDE) --hypothesis-profile=explore $(TESTS)
 
 test-versions: setup ## unit tests and a short simulation on each other Python that is here
 	@scripts/test-versions.sh

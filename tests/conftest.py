@@ -1,8 +1,26 @@
-"""What holds for all tests."""
+"""What holds for all tests: how properties are tried, and which tests run beside which.
+
+`make test` runs two processes (pytest-xdist). In one, the tests of whole pairs follow each other:
+they look at times, and mostly wait. In the other, beside them and with less of the processors, runs
+all else. Without `-n` everything runs in one process, in the same order. The many seeds run in
+processes of their own, beside all of it, and are asked for at the end.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tests.sim.background import Background
+from tests.sim.test_seeds import SEEDS, first_seed, revision
 
 # A busy machine is no reason for a test to fail: single examples have no time limit of their own.
 # All that matters is named: the library has other defaults where the environment has `CI`.
@@ -14,3 +32,92 @@ settings.register_profile(
 # by an example that nobody has met before. To meet them is what `explore` is for.
 settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("same")
+
+PAIRS, BESIDE = "pairs", "beside"
+BESIDE_NICE = 5
+_LOCKS = "NFSHA_TEST_LOCKS"
+"""Names the folder of locks that all processes of one run use."""
+_WANTED = pytest.StashKey[bool]()
+_RUNNING = pytest.StashKey[Background]()
+
+
+def _of_pairs(item: pytest.Item) -> bool:
+    """Does it run whole nodes, whose times it looks at?"""
+    fixtures: list[str] = getattr(item, "fixturenames", [])
+    return "make_lab" in fixtures or item.get_closest_marker("pairs") is not None
+
+
+def _is_last(item: pytest.Item) -> bool:
+    return item.get_closest_marker("last") is not None
+
+
+def _shares() -> bool:
+    """Is this one of several processes that share the tests?"""
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pairs come first: they take longest. Who asks for what runs beside comes last."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(PAIRS if _of_pairs(item) else BESIDE))
+    items.sort(key=lambda item: (_is_last(item), not _of_pairs(item)))
+
+
+def pytest_configure() -> None:
+    """Before the processes that share the tests are started."""
+    if not _shares():
+        os.environ[_LOCKS] = tempfile.mkdtemp(prefix="nfsha-test-locks-")
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """The seeds begin with the first test, if somebody will ask."""
+    wanted = any(_is_last(item) for item in session.items)
+    session.stash[_WANTED] = wanted and not session.config.option.collectonly
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What runs beside the pairs leaves them the processors."""
+    beside = _shares() and not _of_pairs(item)
+    if beside and os.nice(0) < BESIDE_NICE:
+        os.nice(BESIDE_NICE - os.nice(0))
+    if item.session.stash[_WANTED] and (beside or not _shares()):
+        item.session.stash[_WANTED] = False
+        item.session.stash[_RUNNING] = Background(first_seed(revision()), SEEDS)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Nothing goes on after the tests, also when they were broken off."""
+    running = session.stash.get(_RUNNING, None)
+    if running is not None:
+        running.close()
+    if not _shares():
+        shutil.rmtree(os.environ.pop(_LOCKS))
+
+
+@pytest.fixture
+def seeds(request: pytest.FixtureRequest) -> Background:
+    """The seeds that run beside the other tests."""
+    return request.session.stash[_RUNNING]
+
+
+@contextmanager
+def _held(file: Path, how: int) -> Iterator[None]:
+    with file.open("w") as lock:
+        fcntl.flock(lock, how)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Who steps this machine's clock waits until no other test runs, and holds the next ones back.
+
+    The gate keeps a stream of short tests from holding it off.
+    """
+    gate, clock = (Path(os.environ[_LOCKS]) / name for name in ("gate", "clock"))
+    alone = request.node.get_closest_marker("steps_clock") is not None
+    with ExitStack() as stack:
+        how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        with _held(gate, how):
+            stack.enter_context(_held(clock, how))
+        yield

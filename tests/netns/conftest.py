@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,19 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
     deadline = time.monotonic() + _SETTLE_S
     while (left := registry.leftovers(os.getpid(), Lab.made)) and time.monotonic() < deadline:
         time.sleep(0.1)
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left"] = left  # for the process that shares the tests out
+        return
+    if _LEFT in session.config.stash:
+        left += session.config.stash[_LEFT]
     if left:
         session.config.stash[_LEFT] = left
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what one of several processes has left behind (pytest-xdist)."""
+    told = getattr(node, "workeroutput", {}).get("left", [])
+    node.config.stash.setdefault(_LEFT, []).extend(told)

@@ -18,6 +18,8 @@ from tests.netns.demo import CLAIMS, RECORDS, Copied, Home, Outcome, Paper, untr
 from tests.netns.labkit import registry
 from tests.netns.labkit.place import REPOSITORY
 
+pytestmark = pytest.mark.pairs
+
 _LIMIT_S = 90
 _FIRST_PASS = "WAITING -> RETURNED"
 _CUT = "silent on all wires"

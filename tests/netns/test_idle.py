@@ -12,6 +12,7 @@ NOISE_PERCENT = 1.0
 """What cold caches and other work of the machine may add in a short time."""
 
 
+@pytest.mark.pairs
 @pytest.mark.timeout(60)
 def test_idle_daemons_cost_little_time_and_memory() -> None:
     default = next(kind for kind in KINDS if kind.name == "nfsha")

@@ -14,7 +14,7 @@ import pytest
 from tests.netns.nspawn import Machine, MachineLab, cgroups_left
 from tests.netns.pair import Pair
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.pairs, pytest.mark.timeout(90)]
 
 VOLUME = "/nfs/late"
 HOOKS = """

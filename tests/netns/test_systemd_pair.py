@@ -27,7 +27,7 @@ from tests.netns.nspawn import Machine, MachineLab, cgroups_left
 from tests.netns.pair import BUSY_MS, Event
 from tests.netns.treewalk import differences, make_odd_tree
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.pairs, pytest.mark.timeout(90)]
 
 UNIT_FILE = Path(__file__).parents[2] / "systemd" / "nfsha.service"
 _SETTLED_S = 20.0

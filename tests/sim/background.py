@@ -37,26 +37,13 @@ class Background:
         )
 
     def result(self) -> Ran:
-        """Waits for the end, with the ordinary share of the processors from now on."""
-        for pid in self._group():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+        """Waits for the end."""
         if self._process.wait() != 0:
             raise RuntimeError(f"the seeds ended with exit code {self._process.returncode}")
         ran = pickle.loads(self._file.read_bytes())
         if not isinstance(ran, Ran):
             raise TypeError(f"{self._file} holds {type(ran).__name__}")
         return ran
-
-    def _group(self) -> list[int]:
-        """Its processes: the pool's workers too."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    if os.getsid(int(entry.name)) == self._process.pid:
-                        found.append(int(entry.name))
-        return found
 
     def close(self) -> None:
         """Ends what still runs."""
