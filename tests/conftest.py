@@ -70,7 +70,7 @@ def pytest_configure() -> None:
         os.environ[_LOCKS] = tempfile.mkdtemp(prefix="nfsha-test-locks-")
 
 
-def pytest_runtestloop(session: pytest.Session) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """The seeds begin with the first test, if somebody will ask."""
     wanted = any(_is_last(item) for item in session.items)
     session.stash[_WANTED] = wanted and not session.config.option.collectonly

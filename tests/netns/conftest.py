@@ -81,8 +81,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
     if output is not None:
         output["left"] = left  # for the process that shares the tests out
         return
-    if _LEFT in session.config.stash:
-        left += session.config.stash[_LEFT]
+    others: list[str] = session.config.stash.setdefault(_LEFT, [])
+    left += others
     if left:
         session.config.stash[_LEFT] = left
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -91,5 +91,6 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Takes what one of several processes has left behind (pytest-xdist)."""
-    told = getattr(node, "workeroutput", {}).get("left", [])
-    node.config.stash.setdefault(_LEFT, []).extend(told)
+    told: list[str] = getattr(node, "workeroutput", {}).get("left", [])
+    stash: pytest.Stash = node.config.stash
+    stash.setdefault(_LEFT, []).extend(told)
