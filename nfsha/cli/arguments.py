@@ -102,7 +102,14 @@ SOCKET = Option(
     "the daemon's socket (default: the one that the configuration names)",
     {"metavar": "PATH"},
 )
-DRY_RUN = Option(("--dry-run",), "show the guards, change nothing", FLAG)
+DRY_RUN = Option(
+    ("--dry-run",), "show the plan: the guards, and what would change; change nothing", FLAG
+)
+LIST = Option(("--list",), "name all files that would go to quarantine, not only the first", FLAG)
+PLAN = Option(
+    ("--plan",), "approve the plan that --dry-run named so; refused if it is another one by now",
+    {"metavar": "PLAN"},
+)  # fmt: skip
 YES = Option(("--yes",), "do not ask for confirmation", FLAG)
 
 
@@ -172,9 +179,13 @@ COMMANDS: tuple[Command, ...] = (
                 ("-n", "--count"), "how many (default: 20)",
                 {"metavar": "N", "type": _number(0, 1000), "default": 20},
             ),
+            Option(("--reports",), "list the moves of the service instead", FLAG, "what"),
+            Option(
+                ("--report",), "show the report of one move", {"metavar": "ID"}, "what"
+            ),
             CONFIG, SOCKET,
         ),
-        "While no daemon runs, they are read from its file.",
+        "While no daemon runs, they are read from its files.",
     ),
     Command(
         "volumes", LOOK, "show the volumes of both nodes and how old the copy is",
@@ -275,13 +286,15 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "failback", DECIDE, "move the service home to the primary, with nothing lost",
-        "nfsha failback --dry-run", handover.failback, (DRY_RUN, YES, CONFIG, SOCKET),
-        "Runs on either node. All guards are shown before it asks. Clients are held for seconds; "
-        "^C ends the watching only.",
+        "nfsha failback --dry-run", handover.failback,
+        (DRY_RUN, LIST, YES, PLAN, CONFIG, SOCKET),
+        "Runs on either node. The plan is shown before it asks, and an approval is for this plan "
+        "only. Clients are held for seconds; ^C ends the watching only.",
     ),
     Command(
         "switchover", DECIDE, "move the service away to the standby, for maintenance",
-        "nfsha switchover --yes", handover.switchover, (DRY_RUN, YES, CONFIG, SOCKET),
+        "nfsha switchover --yes", handover.switchover,
+        (DRY_RUN, LIST, YES, PLAN, CONFIG, SOCKET),
         "As `failback`, the other way.",
     ),
     Command(

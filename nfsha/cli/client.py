@@ -100,10 +100,30 @@ def clients(path: Path) -> Facts:
     return dict(_call(path, "clients", {})["clients"])
 
 
+def reports(path: Path) -> list[Facts]:
+    """The moves of the service that are remembered, oldest first."""
+    return list(_call(path, "reports", {})["reports"])
+
+
+def report(path: Path, number: str) -> Facts | None:
+    """One of them, whole; None where there is none of this id."""
+    found = _call(path, "report", {"id": number})["report"]
+    return None if found is None else dict(found)
+
+
+def handover_numbers(path: Path, args: Mapping[str, object]) -> Iterator[Facts]:
+    """How the look at all volumes goes on; the last one is `done`, with the plan."""
+    return _stream(path, "handover-numbers", args)
+
+
 def sync_and_wait(path: Path, args: Mapping[str, object]) -> Iterator[Facts]:
     """Begins passes, and tells how they stand until they have ended; the last one is `done`."""
+    return _stream(path, "sync-wait", args)
+
+
+def _stream(path: Path, name: str, args: Mapping[str, object]) -> Iterator[Facts]:
     try:
-        yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream("sync-wait", args)
+        yield from control.ControlClient(path, timeout_s=TIMEOUT_S).stream(name, args)
     except control.CommandError as error:
         raise _no(error) from error
     except control.ControlError as error:

@@ -1,34 +1,39 @@
 """`nfsha failback`, `switchover` and `abort`: the service moves, or stays, with nothing lost.
 
-Shows all guards before it asks, then every step as it comes. The move is the daemons': ^C only
-ends the watching.
+Shows the plan (all guards, and what would change) before it asks, then every step as it comes, then
+the report. The move is the daemons': ^C only ends the watching.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from nfsha.cli import client
+from nfsha.cli import client, render_handover
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.operate import confirm
 from nfsha.core.model import Role
 
-POLL_S = 0.1
-BEGIN_WITHIN_S = 15.0
+POLL_S: Final = 0.1
+BEGIN_WITHIN_S: Final = 15.0
 """Longer than a giver's request waits for the other node to begin."""
 
-_STEPS: Mapping[str, str] = {
-    "ASKED": "waits for the other node",
-    "PRESYNC": "comes near to the data, which is still served where it is",
-    "FREEZING": "clients are held from now on",
-    "PREPARED": "clients are held; the last changes cross over",
-    "FINAL_SYNC": "clients are held; the last changes cross over, and are proved",
-    "RESTORING": "proved equal; the new epoch is being written",
-}
+REPORT_WITHIN_S: Final = 3.0
+"""The parts of both nodes are there some 200 ms after the end."""
+
+LINE_EVERY_S: Final = 5.0
+"""How often a long step shows how far it is, where it is not shown in place."""
+
+_CLEAR_LINE: Final = "\r\x1b[K"
+_SERVED_SOON: Final = (
+    "The service moves to the {to}: clients are held for seconds, not failed. What is written "
+    "until then moves along; files that clients have open get ESTALE, paths go on."
+)
 
 Facts = Mapping[str, Any]
 
@@ -51,85 +56,206 @@ def abort(args: argparse.Namespace) -> Answer:
 
 def _move(args: argparse.Namespace, to: Role) -> Answer:
     path = client.socket_path(args)
-    plan = client.ask(path, "handover-plan", {"to": str(to)})
-    if not plan["ok"]:
-        raise CommandError(
-            Exit.REFUSED, f"refused, nothing has changed\n{_table(plan)}", data=dict(plan)
-        )
-    if args.dry_run:
-        return Answer(_table(plan), plan)
-    if not args.json:
-        print(_table(plan), flush=True)
-    confirm(
-        args,
-        path,
-        f"The service moves to the {to}: clients are held for seconds, not failed. What is written "
-        "until then moves along; files that clients have open get ESTALE, paths go on.",
-    )
-    client.command(path, "handover", {"to": str(to)})
+    approved = _approved(args, path, to)
+    if isinstance(approved, Answer):
+        return approved
+    before = frozenset(str(one["id"]) for one in client.reports(path))
+    client.command(path, "handover", {"to": str(to), "plan": approved})
+    watching = _Watching(path, to, before, as_json=args.json)
     try:
-        return _watch(path, to, as_json=args.json)
+        return watching.to_the_end()
     except KeyboardInterrupt:
+        watching.clear()
         raise CommandError(
             Exit.INTERRUPTED,
             "no longer watched: it goes on by itself",
-            "`nfsha status` shows it, `nfsha abort` ends it",
+            "`nfsha status --watch` shows it, `nfsha abort` ends it",
         ) from None
 
 
-def _table(plan: Facts) -> str:
-    width = max(len(one["name"]) for one in plan["guards"])
-    return "\n".join(
-        f"  {'ok' if one['ok'] else 'NO':<3} {one['name']:<{width}}  {one['found']}"
-        for one in plan["guards"]
-    )
+# --------------------------------------------------------------------------- the plan
 
 
-def _watch(path: Path, to: Role, *, as_json: bool) -> Answer:
-    """Follows the move to its end, one way or the other."""
+def _approved(args: argparse.Namespace, path: Path, to: Role) -> str | Answer:
+    """The plan that the operator approves; an answer where nothing is to be done."""
+    if args.plan and not args.dry_run:
+        return str(args.plan)
+    plan = dict(client.ask(path, "handover-plan", {"to": str(to)}))
+    if args.dry_run or (plan["ok"] and not args.yes):
+        plan = _with_numbers(path, to, args)
+    text = render_handover.plan(plan)
+    if not plan["ok"]:
+        raise CommandError(Exit.REFUSED, f"refused, nothing has changed\n{text}", data=plan)
+    if args.dry_run:
+        return Answer(text, plan)
+    if not args.json:
+        print(text, flush=True)
+    confirm(args, path, _SERVED_SOON.format(to=to))
+    return str(plan["plan"])
+
+
+def _with_numbers(path: Path, to: Role, args: argparse.Namespace) -> dict[str, Any]:
+    """The plan with what would change; for that the receiver looks at all volumes."""
+    live = _Live(shown=not args.json)
     began_s = time.monotonic()
-    held_s = moved_s = None
-    shown, begun = "", False
-    while True:
-        facts = client.status(path)
-        now_s = time.monotonic()
-        move = facts["handover"]
-        step = move["step"] or ""
-        if move["held_ms"] is not None and held_s is None:
-            held_s = now_s
-        if _serves(facts) == str(to):
-            moved_s = now_s
-            break
-        begun = begun or step not in ("", "ASKED")
-        if begun and not step and _serves(facts) is not None:
-            why = move["last"]["why"] if move["last"] is not None else "it ended on the other node"
-            raise CommandError(
-                Exit.ABORTED,
-                f"aborted and rolled back, the {_serves(facts)} serves: {why}",
-                "`nfsha events` on both nodes has the whole story",
-                {"status": facts},
+    last: Facts = {}
+    for last in client.handover_numbers(path, {"to": str(to), "list": args.list}):
+        now = last.get("progress")
+        if now is not None:
+            live.show(
+                f"looks at the volumes: {now['looked_at']} of {now['volumes']}, "
+                f"{time.monotonic() - began_s:.0f} s"
             )
-        if not begun and now_s - began_s >= BEGIN_WITHIN_S:
+    live.clear()
+    if not last.get("done"):
+        raise CommandError(Exit.UNREACHABLE, "the daemon ended before it had looked")
+    found = {"numbers": last["numbers"], "why": last["why"], "clients": client.clients(path)}
+    return {**last["plan"], **found}
+
+
+# --------------------------------------------------------------------------- the move
+
+
+class _Live:
+    """A line that is written again and again on a terminal; nothing elsewhere."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown and sys.stdout.isatty()
+        self._there = False
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is shown replaces what was."""
+        return self._shown
+
+    def show(self, text: str) -> None:
+        """Writes the line in place of the last one."""
+        if self._shown:
+            self._there = True
+            print(f"{_CLEAR_LINE}{text}", end="", flush=True)
+
+    def clear(self) -> None:
+        """Takes it away."""
+        if self._there:
+            self._there = False
+            print(_CLEAR_LINE, end="", flush=True)
+
+
+@dataclass(slots=True)
+class _Watching:
+    """Follows a move to its end, one way or the other."""
+
+    path: Path
+    to: Role
+    before: frozenset[str]
+    """The reports that were there before this move."""
+    as_json: bool
+    began_s: float = field(default_factory=time.monotonic)
+    _live: _Live = field(init=False)
+    _step: str = ""
+    _round: int = 0
+    _line_s: float = 0.0
+    _begun: bool = False
+
+    def __post_init__(self) -> None:
+        self._live = _Live(shown=not self.as_json)
+
+    def clear(self) -> None:
+        """Takes the live line away."""
+        self._live.clear()
+
+    def to_the_end(self) -> Answer:
+        """Returns when the service has moved. Raises CommandError where it stayed."""
+        while True:
+            facts = client.status(self.path)
+            if _serves(facts) == str(self.to):
+                self._live.clear()
+                return self._done(facts)
+            self._require_goes_on(facts)
+            if not self.as_json:
+                self._show(facts["handover"])
+            time.sleep(POLL_S)
+
+    def _require_goes_on(self, facts: Facts) -> None:
+        step = facts["handover"]["step"] or ""
+        self._begun = self._begun or step not in ("", "ASKED")
+        if self._begun and not step and _serves(facts) is not None:
+            self._live.clear()
+            raise self._aborted(facts)
+        if not self._begun and time.monotonic() - self.began_s >= BEGIN_WITHIN_S:
             raise CommandError(
                 Exit.ABORTED,
                 "the other node did not begin: nothing has changed",
                 "look at `nfsha status` there",
                 {"status": facts},
             )
-        if step != shown and step and not as_json:
-            print(
-                f"{now_s - began_s:6.1f} s  {step:<10} {_STEPS.get(step, move['text'] or '')}",
-                flush=True,
-            )
-        shown = step
-        time.sleep(POLL_S)
-    took_s = moved_s - began_s
-    stall_s = moved_s - held_s if held_s is not None else 0.0
-    told = {"ok": True, "to": str(to), "took_s": round(took_s, 3), "held_s": round(stall_s, 3)}
-    return Answer(
-        f"done: the {to} serves (in {took_s:.1f} s; clients were held for about {stall_s:.1f} s)",
-        told,
-    )
+
+    def _show(self, move: Facts) -> None:
+        now_s = time.monotonic()
+        step = move["step"] or ""
+        if not step:
+            return
+        far = render_handover.progress(move)
+        head = f"{now_s - self.began_s:6.1f} s  {step:<10}"
+        number = (move.get("progress") or {}).get("round", 0)
+        news = step != self._step or number != self._round
+        if step != self._step:
+            self._live.clear()
+            said = render_handover.STEPS.get(step, move["text"] or "")
+            print(f"{head} {said}", flush=True)
+        elif far and not self._live.in_place and (news or now_s - self._line_s >= LINE_EVERY_S):
+            print(f"{head} {far}", flush=True)
+            self._line_s = now_s
+        if far:
+            self._live.show(f"{head} {far}"[:119])
+        self._step, self._round = step, number
+
+    def _done(self, facts: Facts) -> Answer:
+        report = self._report()
+        told: dict[str, object] = {"ok": True, "to": str(self.to), "report": report}
+        if report is None:
+            took_s = time.monotonic() - self.began_s
+            return Answer(f"done: the {self.to} serves (in {took_s:.1f} s; no report came)", told)
+        told["took_s"] = report["took_ms"] / 1000
+        held_ms = report["stall_ms"]
+        told["held_s"] = None if held_ms is None else held_ms / 1000
+        text = f"done: the {self.to} serves\n{render_handover.report(report)}"
+        if _serves(facts) != facts["role"] or facts["health"]["fit"] is not False:
+            return Answer(text, told)
+        why = facts["health"]["reason"]
+        return Answer(f"{text}\nbut it is not sound: {why}", told, Exit.INCOMPLETE)
+
+    def _aborted(self, facts: Facts) -> CommandError:
+        report = self._report()
+        last = facts["handover"]["last"]
+        why = "it ended on the other node" if last is None else last["why"]
+        shown = ""
+        if report is not None:
+            why = report["why"]
+            shown = f"\n{render_handover.report(report)}"
+        return CommandError(
+            Exit.ABORTED,
+            f"aborted and rolled back, the {_serves(facts)} serves: {why}{shown}",
+            "" if shown else "`nfsha events` on both nodes has the whole story",
+            {"status": facts, "report": report},
+        )
+
+    def _report(self) -> Facts | None:
+        """The report of this move; waits a moment for what is missing of it."""
+        end_s = time.monotonic() + REPORT_WITHIN_S
+        found: Facts | None = None
+        while time.monotonic() < end_s:
+            found = self._newest()
+            if found is not None and found["whole"]:
+                break
+            time.sleep(POLL_S)
+        return found
+
+    def _newest(self) -> Facts | None:
+        for one in reversed(client.reports(self.path)):
+            if one["to"] == str(self.to) and one["id"] not in self.before:
+                return client.report(self.path, str(one["id"]))
+        return None
 
 
 def _serves(facts: Facts) -> str | None:

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from nfsha.cli import client, render, render_clients, render_volumes
+from nfsha.cli import client, render, render_clients, render_handover, render_volumes
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.setup import load_settings
 from nfsha.cli.words import Style
 from nfsha.host.events import read_events
+from nfsha.host.reports import FOLDER, as_report, read_reports
 
 WATCH_EVERY_S = 1.0
 _CLEAR = "\x1b[H\x1b[2J"
@@ -79,6 +81,8 @@ def show_again(facts: Mapping[str, object] | None, text: str) -> None:
 def events(args: argparse.Namespace) -> Answer:
     """Lists the newest events; with `--follow` goes on with each new one."""
     path = client.socket_path(args)
+    if args.reports or args.report:
+        return _reports(args, path)
     if args.follow:
         for one in client.follow_events(path, args.count):
             print(json.dumps(one) if args.json else render.event(one), flush=True)
@@ -97,3 +101,30 @@ def _events_on_disk(args: argparse.Namespace) -> Answer:
     listed = [asdict(one) for one in read_events(folder / "events.jsonl", args.count)]
     text = f"{render.events(listed)}\n(the daemon is not running: read from {folder})"
     return Answer(text, {"ok": True, "events": listed, "daemon": False})
+
+
+def _reports(args: argparse.Namespace, path: Path) -> Answer:
+    """The moves of the service that are remembered, or one of them."""
+    try:
+        if args.report:
+            return _report(args.report, client.report(path, args.report))
+        listed = client.reports(path)
+    except CommandError as error:
+        if error.exit is not Exit.UNREACHABLE or args.socket:
+            raise
+        on_disk = read_reports(load_settings(args).paths.state / FOLDER)
+        every = [as_report(one) for one in on_disk]
+        if args.report:
+            found = (one for one in every if one["id"] == args.report)
+            return _report(args.report, next(found, None))
+        listed = every
+    shown = listed[-args.count :] if args.count else []
+    return Answer(render_handover.reports(shown), {"ok": True, "reports": shown})
+
+
+def _report(number: str, found: Mapping[str, Any] | None) -> Answer:
+    if found is None:
+        raise CommandError(
+            Exit.CANNOT, f"there is no report {number!r}", "`nfsha events --reports` lists them"
+        )
+    return Answer(render_handover.report(found), {"ok": True, "report": dict(found)})

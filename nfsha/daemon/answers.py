@@ -18,6 +18,7 @@ from nfsha.core.model import CommandKind, Role
 from nfsha.daemon import copy_answers
 from nfsha.daemon.copy_answers import CopyAnswers
 from nfsha.daemon.handover_answers import HandoverAnswers
+from nfsha.daemon.handover_plan import Plans
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError, ControlServer, Credentials
 from nfsha.host.scheduling import Scheduling
@@ -43,12 +44,17 @@ class Answers:
             shell.world.replication.replicator,
             (sync.quarantine_max_age_ms, sync.quarantine_max_bytes),
         )
-        self._handover = HandoverAnswers(shell)
+        self._plans = Plans(shell, HandoverAnswers(shell))
+        shell.world.replication.listeners += [self._plans.heard, shell.moves.heard]
         self._started_ms = shell.world.clock_ms()
         self._server = ControlServer(
             settings.paths.runtime / SOCKET_NAME,
             self._answer,
-            streams={"follow": self._follow, "sync-wait": self._copies.wait},
+            streams={
+                "follow": self._follow,
+                "sync-wait": self._copies.wait,
+                "handover-numbers": self._numbers,
+            },
             group=settings.control_group,
             answer_timeout_s=CONTROL_TIMEOUT_S,
         )
@@ -60,6 +66,7 @@ class Answers:
 
     async def close(self) -> None:
         """Ends all conversations."""
+        self._plans.close()
         await self._server.close()
 
     async def _answer(self, command: str, args: Facts, who: Credentials) -> Facts:
@@ -80,7 +87,7 @@ class Answers:
             case "confirm-peer-down" | "resolve":
                 keep = _role(args, "keep") if command == "resolve" else None
                 return await self._obey(who, CommandKind(command), keep=keep)
-            case "handover-plan" | "handover" | "abort":
+            case "handover-plan" | "handover" | "abort" | "reports" | "report":
                 return await self._move(command, args, who)
             case _ if command in copy_answers.COMMANDS:
                 if command != "volumes":
@@ -90,12 +97,20 @@ class Answers:
                 raise CommandError(f"the daemon knows no command {command[:40]!r}")
 
     async def _move(self, command: str, args: Facts, who: Credentials) -> Facts:
+        moves = self._shell.moves
         if command == "abort":
-            return await self._obey(who, CommandKind.ABORT)
+            answer = await self._obey(who, CommandKind.ABORT)
+            if answer["ok"]:
+                moves.ended_by_operator()
+            return answer
+        if command == "reports":
+            return {"reports": moves.reports()}
+        if command == "report":
+            return {"report": moves.report(_text(args, "id"))}
         to = _role(args, "to")
         if command == "handover-plan":
-            return self._handover.plan(to)
-        self._handover.refuse(to)
+            return self._plans.plan(to)
+        self._plans.require(to, _text(args, "plan"))
         return await self._obey(who, CommandKind.HANDOVER, to=to)
 
     async def _obey(self, who: Credentials, kind: CommandKind, **options: object) -> Facts:
@@ -122,6 +137,13 @@ class Answers:
         except ValueError as error:
             raise CommandError(str(error)) from error
 
+    async def _numbers(
+        self, command: str, args: Facts, who: Credentials
+    ) -> AsyncGenerator[Facts, None]:
+        _role(args, "to")  # refuses before anything is looked at
+        async for one in self._plans.numbers(command, args, who):
+            yield one
+
     def _status(self) -> Facts:
         engine = self._shell.engine
         if engine is None:
@@ -131,6 +153,9 @@ class Answers:
         now_ms = world.clock_ms()
         health = world.last_health
         facts = situation(engine.state, now_ms)
+        move = facts["handover"]
+        if isinstance(move, dict):
+            move["progress"] = self._shell.moves.progress(move["side"])
         return {
             **facts,
             "alarms": [*_listed(facts["alarms"]), *self._copies.alarms()],
@@ -181,6 +206,13 @@ def _flag(args: Facts, key: str) -> bool:
     value = args.get(key, False)
     if not isinstance(value, bool):
         raise CommandError(f"{key} is {value!r}: true or false is expected")
+    return value
+
+
+def _text(args: Facts, key: str) -> str:
+    value = args.get(key)
+    if not isinstance(value, str) or not value:
+        raise CommandError(f"{key} is {value!r:.40}: a text is expected")
     return value
 
 

@@ -43,13 +43,6 @@ class HandoverAnswers:
             "guards": [asdict(one) for one in guards],
         }
 
-    def refuse(self, to: Role) -> None:
-        """Raises CommandError with all guards that fail, if any does."""
-        bad = [one for one in self._guards(to) if not one.ok]
-        if bad:
-            words = "; ".join(f"{one.name}: {one.found}" for one in bad)
-            raise CommandError(words, {"refused": True, **self.plan(to)})
-
     # ------------------------------------------------------------- the guards
 
     def _guards(self, to: Role) -> Iterator[Guarded]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nfsha.config import RSYNC, Settings
@@ -43,9 +43,15 @@ class Replication:
         self._phase = Phase.STARTING
         self._takes_a_copy = False
         self._packing: asyncio.Task[None] | None = None
+        self._facts: dict[str, Any] | None = None
+        self._said: dict[str, Any] = {}
         self._next_facts: dict[str, Any] | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._next_blob: bytes | None = None
+        self.told: Mapping[str, Any] = {}
+        """What the other node told last, as it came: of another process, be it a newer one."""
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        """Who else wants to know what the other node tells."""
         self.replicator: Replicator | None = None
         if settings.replication != RSYNC:
             return
@@ -108,8 +114,21 @@ class Replication:
     def _report(self, changed: ReplicaChanged | PresyncChanged | FinalChanged) -> None:
         self._inbox.put(changed)
 
+    def say(self, key: str, value: object) -> None:
+        """Tells the other node this too, in place of what was said under this key; None: no more.
+
+        What JSON can carry. Nothing is told where replication is off.
+        """
+        if value is None:
+            self._said.pop(key, None)
+        else:
+            self._said[key] = value
+        if self._facts is not None:
+            self._tell(self._facts)
+
     def _tell(self, facts: dict[str, Any]) -> None:
-        self._next_facts = facts
+        self._facts = facts
+        self._next_facts = {**self._said, **facts}
         if self._packing is None or self._packing.done():
             self._packing = asyncio.ensure_future(self._pack())
             self._inbox.watch(self._packing)
@@ -137,4 +156,8 @@ class Replication:
             except FactsError as error:
                 log.warning("%s", error)
                 continue
+            if isinstance(facts, Mapping):
+                self.told = facts
+                for listener in self.listeners:
+                    listener(facts)
             await self.replicator.heard(facts)

@@ -16,6 +16,7 @@ from nfsha.core import handover, lease
 from nfsha.core.engine import Decision, Engine, begin
 from nfsha.core.model import GIVING_PHASES, Command, CommandKind, Fired, Phase, Reply
 from nfsha.daemon.executors import Executors
+from nfsha.daemon.handover_report import Moves
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.world import World, new_session
 from nfsha.host.systemd import Systemd, own_unit, stop_is_restart
@@ -39,6 +40,7 @@ class Shell:
         self.inbox = inbox
         self.systemd = systemd
         self.engine: Engine | None = None
+        self.moves = Moves(world, inbox)
         self._executors = Executors(world, inbox, self._leave)
         self._left = ""
         self._replies: dict[int, asyncio.Future[Reply]] = {}
@@ -55,6 +57,7 @@ class Shell:
         """
         remembered = self.world.remember()
         adopted = await self.world.start()
+        await self.moves.start()
         clock_ms = self.world.clock_ms
         self.engine = Engine(
             begin(
@@ -93,6 +96,7 @@ class Shell:
         self.world.replication.follow(decision.state, now_ms)
         self.world.clients.follow(decision.state)
         self.world.locks.follow(decision.state)
+        self.moves.follow(decision.state, now_ms)
         self.systemd.watchdog(now_ms)
 
     def _may_serve(self) -> bool:

@@ -40,6 +40,42 @@ TURNS: Final = 2
 
 Facts = dict[str, Any]
 
+SHAPE: Final[Facts] = {
+    "volumes": [
+        {
+            "name": str,
+            "uuid": str,
+            "walk": str,
+            "why_full": str,
+            "copy_files": int,
+            "copy_bytes": int,
+            "deletions": int,
+            "held": str,
+            "plan": str,
+            "quarantine": int,
+            "names": [str],
+            "trouble": str,
+        }
+    ],
+    "sum": {
+        "volumes": int,
+        "unknown": int,
+        "copy_files": int,
+        "copy_bytes": int,
+        "deletions": int,
+        "quarantine": int,
+    },
+    "stall": {
+        "ms": int,
+        "pass_ms": int,
+        "writes_bytes_s": int,
+        "rate_bytes_s": (int, None),
+        "unmeasured": int,
+    },
+    "took_ms": int,
+}
+"""What `as_facts` gives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
@@ -169,7 +205,7 @@ def as_facts(
             "quarantine": sum(one.quarantine for one in known),
         },
         "stall": dict(stall),
-        "took_ms": estimate.took_ms,
+        "took_ms": estimate.took_ms or 0,
     }
 
 

@@ -606,6 +606,7 @@ class Fetching:
             case Verdict.HELD:
                 self._say(copy, f"volume {self._inventory.name_of(copy.uuid)}: {outcome.sentence}")
                 copy.rest(State.HELD, outcome.sentence)
+                self._changed()
             case Verdict.STOPPED | Verdict.REFUSED:
                 self._refused(copy, outcome.sentence)
             case Verdict.KILLED | Verdict.RETRY if self.epoch is None:

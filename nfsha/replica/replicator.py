@@ -23,6 +23,7 @@ from nfsha.replica import exchange, forgetting, rsync_version, volumes
 from nfsha.replica.child import end_leftovers
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
+from nfsha.replica.estimate import Estimating
 from nfsha.replica.exchange import ExchangeError
 from nfsha.replica.fetching import Fetching
 from nfsha.replica.forgetting import NotForgottenError
@@ -129,6 +130,12 @@ class Replicator:
             report=report,
             watch=watch,
         )
+        self.estimating = Estimating(
+            self.fetching.look_ahead,
+            parallel=settings.sync.parallel,
+            clocks=clocks,
+            watch=watch,
+        )
         self.answering = Answering(self.source.public)
         self._over: dict[str, str] = {}
         self._kept_ms = 0
@@ -178,6 +185,7 @@ class Replicator:
         if self._conductor is not None:
             self._conductor.cancel()
             await asyncio.wait([self._conductor])
+        await self.estimating.close()
         await self.fetching.stop()
         await self._end_serving()
 
@@ -387,7 +395,20 @@ class Replicator:
         ]  # fmt: skip
 
     def _own_facts(self) -> Facts:
-        return exchange.own_facts(self.inventory.here, self.store, self.fetching.asking.as_json())
+        asked = self.fetching.asking.as_json()
+        return {**exchange.own_facts(self.inventory.here, self.store, asked), "held": self.held()}
+
+    @property
+    def parallel(self) -> int:
+        """So many passes run side by side."""
+        return self._settings.sync.parallel
+
+    def held(self) -> Facts:
+        """The plans of deletions that wait for an operator here, by the volume's identity."""
+        if not isinstance(self._flow, FETCHES):
+            return {}
+        copies = sorted(self.fetching.copies.items())
+        return {uuid: copy.plan.hash for uuid, copy in copies if copy.plan is not None}
 
     async def heard(self, facts: object) -> None:
         """Takes the other node's facts. What is malformed changes nothing, and is logged once."""
@@ -564,6 +585,12 @@ class Replicator:
         if one is None or one.identity not in self.fetching.copies:
             raise ReplicaError(f"there is no paired volume {name!r} here: see `nfsha volumes`")
         return [one.identity]
+
+    def why_no_look_ahead(self) -> str:
+        """Why nobody can say here what a pass would do; "" where the volumes can be looked at."""
+        if not isinstance(self._flow, Fetch) or not self._flow.start:
+            return self._why_not()
+        return ""
 
     def _why_not(self) -> str:
         if isinstance(self._flow, Offer):

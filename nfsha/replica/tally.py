@@ -12,6 +12,26 @@ from typing import Any, Final
 MAX_ROUNDS: Final = 100
 """More than a handover may make (receiving.MAX_ROUNDS, and the last one)."""
 
+MAX_VOLUMES: Final = 1000
+"""So many volumes a report lists, those with which most was done; its rounds count all."""
+
+SHAPE: Final = {
+    "volumes": [
+        {
+            "name": str,
+            "passes": int,
+            "copied_files": int,
+            "copied_bytes": int,
+            "deleted": int,
+            "quarantined": int,
+        }
+    ],
+    "rounds": [
+        {"what": str, "took_ms": int, "copied_files": int, "copied_bytes": int, "trouble": str}
+    ],
+}
+"""What `Tally.as_json` gives."""
+
 
 @dataclass(slots=True)
 class VolumeTally:
@@ -77,14 +97,20 @@ class Tally:
 
     def end_round(self, took_ms: int, trouble: str = "") -> None:
         """It has ended; the oldest rounds beyond a bound are forgotten."""
-        (files, size), (files_before, size_before) = self._copied(), self._before
-        ended = Round(self.running, took_ms, files - files_before, size - size_before, trouble)
+        files, size = self.so_far()
+        ended = Round(self.running, took_ms, files, size, trouble)
         self.rounds = [*self.rounds[1 - MAX_ROUNDS :], ended]
         self.running = ""
 
+    def so_far(self) -> tuple[int, int]:
+        """Files and bytes that were copied in this round."""
+        (files, size), (files_before, size_before) = self._copied(), self._before
+        return files - files_before, size - size_before
+
     def as_json(self) -> dict[str, Any]:
         """For the report."""
-        listed = sorted(self.volumes.values(), key=lambda one: one.name)
+        busiest = sorted(self.volumes.values(), key=_amount, reverse=True)[:MAX_VOLUMES]
+        listed = sorted(busiest, key=lambda one: one.name)
         return {
             "volumes": [asdict(one) for one in listed],
             "rounds": [asdict(one) for one in self.rounds],
@@ -93,3 +119,7 @@ class Tally:
     def _copied(self) -> tuple[int, int]:
         every = self.volumes.values()
         return sum(one.copied_files for one in every), sum(one.copied_bytes for one in every)
+
+
+def _amount(one: VolumeTally) -> int:
+    return one.copied_files + one.deleted + one.quarantined
