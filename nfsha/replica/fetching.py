@@ -23,7 +23,7 @@ from nfsha.core.model import Epoch
 from nfsha.replica import unreplicated, volumes
 from nfsha.replica.beneath import shown
 from nfsha.replica.changed_files import ChangedQuestion
-from nfsha.replica.child import ChildError, ChildStuckError
+from nfsha.replica.child import ChildError, ChildStuckError, Priority
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.deletions import DeleteLimits
@@ -114,6 +114,8 @@ class Fetching:
         self.may_start = False
         self.careful = False
         """Passes of listed folders compare by content: in a handover, until clients are held."""
+        self.pressing = False
+        """Clients wait for what runs: it competes with everything else on equal terms."""
         self.listed: Listing | None = None
         """What passes go by instead of asking the source each for itself."""
         self._late: dict[str, Reason] = {}
@@ -391,6 +393,7 @@ class Fetching:
             folders=folders,
             is_replica=not resync,
             checksum=self.careful and folders is not None,
+            priority=Priority.NORMAL if self.pressing else Priority.LOW,
         )
         if why_full:
             copy.full_walks[why_full] += 1
@@ -666,6 +669,7 @@ class Fetching:
                 connect_timeout_s=self._sync.connect_timeout_s,
                 checksum=True,
                 name=f"volume {here.name}",
+                priority=Priority.NORMAL,
             )
             return await self._looked_equal(here, request, scratch)
         finally:

@@ -92,7 +92,8 @@ class PassRequest:
     `resync_backup`: a folder relative to the root where that goes which the pass overwrites or
     deletes. `longest_s`: no single run of rsync takes longer. `expected_bytes`: how much a first
     copy will be, for its progress. `is_replica`: what is there may be served after a takeover, be
-    it empty; so nothing half-received may lie where a client could see it.
+    it empty; so nothing half-received may lie where a client could see it. `priority`: of the runs
+    of rsync on this node.
     """
 
     uuid: str
@@ -109,6 +110,7 @@ class PassRequest:
     longest_s: int = _LONGEST_S
     expected_bytes: int | None = None
     is_replica: bool = False
+    priority: Priority = Priority.LOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,7 +556,7 @@ class Pull:
                 # Times of a plan are compared with those of files here: by one time zone.
                 env={"RSYNC_PASSWORD": self.request.source.token.password, "TZ": "UTC"},
                 pass_fds=(self.request.root_fd,),
-                priority=Priority.LOW,
+                priority=self.request.priority,
                 on_line=on_line,
             )
         try:

@@ -72,6 +72,7 @@ class Receiving:
         if step == self._step:
             return
         before, self._step = self._step, step
+        self._fetching.pressing = isinstance(step, Finish) or (step is not None and step.urgent)
         both = isinstance(step, Approach) and isinstance(before, Approach)
         if both and step is not None and before is not None and step.handover == before.handover:
             return  # near enough: what runs goes on

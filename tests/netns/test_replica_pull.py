@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica import filling
 from nfsha.replica.arguments import Course, From, folder_list
+from nfsha.replica.child import Priority
 from nfsha.replica.exits import Ending, Verdict
 from nfsha.replica.progress import Progress, Stage
 from nfsha.replica.pull import PassOutcome, Pull, fetch_control
@@ -354,6 +356,29 @@ def test_an_empty_replica_never_shows_what_is_half_received(pair: Pair) -> None:
     assert seen <= {".nfsha-incoming", ".nfsha-partial"}, seen
     assert pair.full().verdict is Verdict.COMPLETE
     assert pair.differences() == []
+
+
+@pytest.mark.parametrize(("priority", "nice"), [(Priority.LOW, 10), (Priority.NORMAL, 0)])
+def test_rsync_competes_as_it_was_asked_to(pair: Pair, priority: Priority, nice: int) -> None:
+    (pair.source / "large").write_bytes(os.urandom(1 << 20))
+    begun = asyncio.Event()
+    seen: list[int] = []
+
+    async def look(one: Pull) -> None:
+        await begun.wait()
+        seen.extend(
+            child.nice()
+            for child in psutil.Process().children(recursive=True)
+            if child.name() == "rsync" and str(pair.daemon.port) in " ".join(child.cmdline())
+            and "--daemon" not in child.cmdline()
+        )  # fmt: skip
+        await one.end()
+
+    pair.full(
+        limits=limits(target_empty=True), is_replica=True, bandwidth_kib_s=200, priority=priority,
+        meanwhile=look, progress=lambda news: begun.set() if news.bytes > 100_000 else None,
+    )  # fmt: skip
+    assert set(seen) == {nice}
 
 
 def test_another_bandwidth_takes_hold_while_it_copies(pair: Pair) -> None:

@@ -54,6 +54,8 @@ class Source:
         self.after_freeze: dict[str, Published] = {}
         self.troubles: list[Exception] = []
         self.careful = False
+        self.pressing = False
+        self.was_pressing: list[bool] = []
         self.listed: Listing | None = None
         self.tally: object = None
         self.schedule = SimpleNamespace(
@@ -79,6 +81,7 @@ class Source:
 
     async def make(self, uuid: str, reason: Reason) -> bool:
         self.done.append(f"{reason.kind} {UUIDS.index(uuid)}{' careful' if self.careful else ''}")
+        self.was_pressing.append(self.pressing)
         assert (self.listed is None) is (reason.kind is Kind.FULL)
         times = self.takes_ms[reason.kind]
         self.now_ms += times.pop(0) if times else 100
@@ -145,6 +148,25 @@ def test_a_full_walk_comes_first_and_then_only_what_changed_until_it_fits() -> N
         "let go",
     ]
     assert not source.careful
+
+
+@pytest.mark.parametrize(
+    ("step", "pressing"),
+    [
+        (APPROACH, False),
+        (Approach(EPOCH, NEXT, more=True, urgent=True), True),
+        (FINISH, True),
+    ],
+)
+def test_what_clients_wait_for_is_not_held_back_by_a_low_priority(
+    step: Approach | Finish, pressing: bool
+) -> None:
+    source = Source(UUIDS[0])
+    source.marks[UUIDS[0]] = mark(UUIDS[0], 0)
+    source.change(UUIDS[0], b"a")
+    receive(source, step)
+    assert set(source.was_pressing) == {pressing}
+    assert not source.pressing
 
 
 def test_what_does_not_shrink_ends_it_and_names_the_volume_and_its_busiest_folders() -> None:
