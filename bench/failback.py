@@ -26,7 +26,7 @@ from bench.failback_findings import SIDES, Equality, Findings, Sample, bars
 from bench.failback_load import CAP_S, RECORD_EVERY_MS, Changer, seen
 from bench.failback_sides import Moved, Nfsha, Runbook, Side
 from bench.findings import Bar
-from bench.replication import TREES, tree_sizes
+from bench.replication import words
 from bench.replication_trees import Tree, forget_files, make
 from tests.netns.lab import Lab
 from tests.netns.labkit.place import REPOSITORY, LabError
@@ -34,6 +34,9 @@ from tests.netns.labkit.records import Records
 from tests.netns.treewalk import differences
 
 RESULTS = REPOSITORY / "bench" / "results"
+TREES = {files: Tree(files, files // 500) for files in (10_000, 100_000, 1_000_000)}
+"""Folders of one size, and at least twenty of them: the 20 changes are the same work everywhere."""
+
 MAX_RUNS = 20
 PAUSE_S = 2.0
 """The clients work for so long before the move: all 20 files have changed since the approach."""
@@ -205,13 +208,12 @@ def _facts() -> dict[str, str]:
 
 def sides(text: str) -> tuple[str, ...]:
     """The value of --only. Raises argparse.ArgumentTypeError with the sides that there are."""
-    wanted = tuple(word.strip() for word in text.split(","))
-    unknown = [word for word in wanted if word not in SIDES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no such thing: {', '.join(unknown)}; there are {', '.join(SIDES)}"
-        )
-    return wanted
+    return words(text, tuple(SIDES))
+
+
+def tree_sizes(text: str) -> tuple[int, ...]:
+    """The value of --sizes. Raises argparse.ArgumentTypeError with the sizes that there are."""
+    return tuple(int(word) for word in words(text, [str(size) for size in TREES]))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -107,7 +107,7 @@ class Changer(threading.Thread):
 
 
 def changed_paths(tree: Tree) -> list[str]:
-    """The files that change, in as many different folders as the tree has, up to 20."""
+    """The files that change, each in a folder of its own if the tree has twenty."""
     step = max(1, tree.folders // CHANGES)
     return [f"/{tree.name(number * step, number)}" for number in range(CHANGES)]
 

@@ -278,7 +278,8 @@ def _change_all_the_time(root: Path, tree: Tree) -> int:
     return made
 
 
-def _words(text: str, known: Sequence[str]) -> tuple[str, ...]:
+def words(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Words with commas between. Raises argparse.ArgumentTypeError with those that are known."""
     wanted = tuple(word.strip() for word in text.split(","))
     unknown = [word for word in wanted if word not in known]
     if unknown:
@@ -290,12 +291,12 @@ def _words(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 def parts(text: str) -> tuple[str, ...]:
     """The value of --only. Raises argparse.ArgumentTypeError with the parts that there are."""
-    return _words(text, PARTS)
+    return words(text, PARTS)
 
 
 def tree_sizes(text: str) -> tuple[int, ...]:
     """The value of --sizes. Raises argparse.ArgumentTypeError with the sizes that there are."""
-    return tuple(int(word) for word in _words(text, [str(size) for size in TREES]))
+    return tuple(int(word) for word in words(text, [str(size) for size in TREES]))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

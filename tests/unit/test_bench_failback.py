@@ -13,7 +13,6 @@ from bench import failback, failback_report
 from bench.failback_findings import Equality, Findings, Sample, bars
 from bench.failback_load import change, changed_paths, number_in, seen
 from bench.findings import Bar, passed
-from bench.replication import TREES
 from bench.replication_trees import Tree, make
 from tests.netns.labkit.nfs_client import Attempt
 from tests.netns.labkit.place import LabError
@@ -195,12 +194,13 @@ def test_a_change_can_be_read_back() -> None:
         number_in(b"changed 7\n")
 
 
-@pytest.mark.parametrize("files", TREES)
-def test_twenty_files_change_in_as_many_folders_as_there_are(files: int) -> None:
-    tree = TREES[files]
+@pytest.mark.parametrize("files", failback.TREES)
+def test_twenty_files_change_in_twenty_folders_of_one_size(files: int) -> None:
+    tree = failback.TREES[files]
+    assert tree.a_folder == 500
     paths = changed_paths(tree)
     assert len(set(paths)) == 20
-    assert len({path.split("/")[1] for path in paths}) == min(20, tree.folders)
+    assert len({path.split("/")[1] for path in paths}) == 20
 
 
 def test_trees_made_twice_are_equal(tmp_path: Path) -> None:
@@ -222,6 +222,9 @@ def test_the_options_take_what_there_is_and_refuse_the_rest(
     assert failback.sides("runbook, nfsha") == ("runbook", "nfsha")
     with pytest.raises(argparse.ArgumentTypeError, match="no such thing: x; there are nfsha, run"):
         failback.sides("nfsha,x")
+    assert failback.tree_sizes("10000") == (10_000,)
+    with pytest.raises(argparse.ArgumentTypeError, match="there are 10000, 100000, 1000000"):
+        failback.tree_sizes("5")
     with pytest.raises(SystemExit):
         failback.main(["--runs", "0"])
     assert "1 to 20 is expected" in capsys.readouterr().err
