@@ -22,7 +22,8 @@ def lacking(
     """What is missing for a copy of so many files, in words; "" where there is room.
 
     `copy_bytes` are the sizes of these files, as a dry run tells them. They may have holes: they
-    can need no more than the source's filesystem has in use. `free_inodes` None: no limit.
+    can need no more than the source's filesystem has in use, as it was told (some seconds ago: what
+    came since may still fill this volume, and the pass ends then). `free_inodes` None: no limit.
     """
     need_bytes = min(copy_bytes + copy_files * BLOCK_BYTES, used_there_bytes)
     if need_bytes > free_bytes:
