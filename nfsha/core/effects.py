@@ -199,6 +199,7 @@ def ask_peer(state: State, orders: Orders, now_ms: int) -> None:
     """Asks the peer to begin a handover to itself."""
     state.asks = state.seq + 1
     state.asked_ms = now_ms
+    state.withdrawn_from_seq = 0
     state.refuses = None
     state.send_soon = True
 
@@ -314,6 +315,8 @@ def take_back(state: State, orders: Orders, now_ms: int) -> None:
 
 def abort_giving(state: State, orders: Orders, now_ms: int) -> None:
     """The operator ends a handover on the giver's side: the receiver is told."""
+    if state.asks:
+        state.withdrawn_from_seq = state.seq + 1
     state.asks = 0
     if state.phase is Phase.PREPARED:
         state.refuses = state.prepared

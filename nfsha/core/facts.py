@@ -41,7 +41,7 @@ def _(what: model.Heard, state: State, now_ms: int) -> None:
     if not _counts(state, datagram, echo) or echo is None:
         return
     _take_report(state, datagram, echo, now_ms)
-    _take_handover(state, datagram, now_ms)
+    _take_handover(state, datagram, echo, now_ms)
     _take_evidence(state, datagram, echo)
     _take_promises(state, datagram, echo, now_ms)
 
@@ -115,10 +115,18 @@ def _take_report(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> N
         state.idle_since_ms = now_ms
 
 
-def _take_handover(state: State, datagram: Datagram, now_ms: int) -> None:
-    """What was asked of the peer, or refused to it, is said until it is seen to know."""
+def _take_handover(state: State, datagram: Datagram, echo: Echo, now_ms: int) -> None:
+    """What was asked of the peer, or refused to it, is said until it is seen to know.
+
+    A request that was withdrawn may have been heard: then what the peer began by it is refused.
+    """
     if state.refuses is not None and datagram.handover != state.refuses:
         state.refuses = None
+    if state.withdrawn_from_seq and datagram.handover is not None:
+        state.refuses = datagram.handover
+        state.send_soon = True
+    if datagram.handover is not None or echo.seq >= state.withdrawn_from_seq:
+        state.withdrawn_from_seq = 0
     waited = now_ms - state.asked_ms >= handover.ANSWER_MS
     if state.asks and (datagram.handover is not None or not state.serving or waited):
         state.asks = 0

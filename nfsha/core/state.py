@@ -226,6 +226,8 @@ class State:
     asks: int = 0
     """This node asks the peer to begin a handover."""
     asked_ms: int = NEVER_MS
+    withdrawn_from_seq: int = 0
+    """The first own datagram that does not ask any more; 0 once the peer is seen to know."""
     asked_by: tuple[int, int] = (0, 0)
     """The peer's session and number of the last request that was looked at."""
 

@@ -242,6 +242,43 @@ def test_an_abort_on_either_side_gives_the_service_back_at_once(
     assert given(made).number > epoch.number or not began_frozen
 
 
+def _begun_unseen() -> Pair:
+    """The receiver has begun what the giver asked for, and the giver does not know it yet."""
+    pair = situations.copied()
+    assert pair.ask(pair.primary, CommandKind.HANDOVER, to=B_STANDBY).accepted
+    while phase_of(pair.standby) is not Phase.PRESYNC:
+        assert pair.primary.state.report is not None
+        assert pair.primary.state.report.handover is None
+        pair.run(situations.STEP_MS)
+    return pair
+
+
+def test_an_abort_of_the_giver_reaches_a_receiver_that_has_just_begun() -> None:
+    pair = _begun_unseen()
+    epoch = given(pair)
+    pair.primary.inbox.insert(0, model.Command(CommandKind.ABORT, 9))
+    pair.standby.inbox.append(PresyncChanged(epoch, ready=True))
+    pair.run(1000)
+    assert pair.primary.replies[-1].accepted
+    assert phases(pair) == (Phase.ACTIVE, Phase.PASSIVE)
+    assert not pair.primary.state.froze
+    assert pair.primary.state.epoch == EPOCH
+
+
+def test_an_abort_before_the_receiver_begins_ends_no_later_handover() -> None:
+    pair = situations.copied()
+    assert pair.ask(pair.primary, CommandKind.HANDOVER, to=B_STANDBY).accepted
+    pair.primary.inbox.append(model.Command(CommandKind.ABORT, 9))
+    pair.standby.deaf = True  # what was asked never arrives
+    pair.run(500)
+    pair.standby.deaf = False
+    pair.run(500)
+    assert phases(pair) == (Phase.ACTIVE, Phase.PASSIVE)
+    assert pair.ask(pair.standby, CommandKind.HANDOVER, to=B_STANDBY).accepted
+    pair.run(1000)
+    assert phases(pair) == (Phase.ACTIVE, Phase.PRESYNC)
+
+
 @pytest.mark.parametrize(
     ("pair", "cause", "why"),
     [
