@@ -30,13 +30,13 @@ from typing import ClassVar, Self
 from tests.netns.labkit import kernel, registry, wall_clock
 from tests.netns.labkit.forge import send_forged
 from tests.netns.labkit.network import PLACES, VIP, Switch
-from tests.netns.labkit.nfs_server import make_disks
+from tests.netns.labkit.nfs_server import make_disk, make_disks
 from tests.netns.labkit.observe import Datagram, Hold, Observations, Observer
 from tests.netns.labkit.place import LabError, Place
 from tests.netns.labkit.prober import NullProber
 from tests.netns.labkit.records import RecordWriter, read_records
 from tests.netns.labkit.registry import Description, ProcessId
-from tests.netns.labkit.storage_node import StorageNode, cluster_key, node_config
+from tests.netns.labkit.storage_node import STATE, StorageNode, cluster_key, node_config
 
 STORAGE = ("a", "b")
 ROLES = {"a": "primary", "b": "standby"}
@@ -54,12 +54,16 @@ class Lab:
         volumes: tuple[str, ...] = ("data",),
         volume_mib: int = 64,
         inodes: int | None = None,
+        state_mib: int | None = None,
         protocols: str = "3",
         standing_name: str | None = None,
     ) -> None:
         """Makes nothing yet. Volumes are mounted at /nfs/NAME; protocols (of NFS): "3" or "3,4".
 
         inodes: of each volume (None: mkfs's choice).
+
+        state_mib: /var/lib/nfsha is a disk of its own, so large, that can be filled; else it is a
+        folder of the lab, which the owner reads at FOLDER/a/lib, also while the node is off.
 
         standing_name: for a lab that outlives this process, until `down`; nobody watches it.
         """
@@ -69,6 +73,7 @@ class Lab:
         self.key = cluster_key()
         self._volume_mib = volume_mib
         self._inodes = inodes
+        self._state_mib = state_mib
         self._protocols = protocols
         self._stands = standing_name is not None
         self._description: Description | None = None
@@ -107,6 +112,9 @@ class Lab:
 
     def _make(self, folder: Path) -> None:
         disks = make_disks(folder, STORAGE, self.volumes, self._volume_mib, self._inodes)
+        if self._state_mib is not None:
+            for name in STORAGE:
+                disks[name] += (make_disk(folder / f"{name}-state.img", STATE, self._state_mib),)
         self._switch = Switch.make()
         self._record("switch", self._switch.namespace.name)
         for name in PLACES:

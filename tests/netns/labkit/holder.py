@@ -113,7 +113,7 @@ def _set_boot_id(spec: Spec) -> None:
 
 def _mount_disks(disks: tuple[Disk, ...]) -> None:
     for disk in disks:
-        Path(disk.mountpoint).mkdir(parents=True)
+        Path(disk.mountpoint).mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "-o", "loop", disk.image, disk.mountpoint], check=True, timeout=30)
 
 

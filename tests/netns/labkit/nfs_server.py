@@ -42,15 +42,20 @@ def make_disks(
     many = ["-N", str(inodes), "-E", "lazy_itable_init=0,lazy_journal_init=0"] if inodes else []
     disks: dict[str, list[Disk]] = {node: [] for node in nodes}
     for volume in volumes:
-        identity = str(uuid.uuid4())
+        identity = ["-U", str(uuid.uuid4())]
         for node in nodes:
             image = folder / f"{node}-{volume}.img"
-            image.touch()
-            os.truncate(image, size_mib << 20)
-            argv = ["mkfs.ext4", "-q", "-F", *many, "-U", identity, str(image)]
-            subprocess.run(argv, check=True, capture_output=True, timeout=60)
-            disks[node].append(Disk(str(image), f"/nfs/{volume}"))
+            disks[node].append(make_disk(image, f"/nfs/{volume}", size_mib, *many, *identity))
     return {node: tuple(made) for node, made in disks.items()}
+
+
+def make_disk(image: Path, mountpoint: str, size_mib: int, *options: str) -> Disk:
+    """One sparse ext4 image; the options are mkfs's."""
+    image.touch()
+    os.truncate(image, size_mib << 20)
+    argv = ["mkfs.ext4", "-q", "-F", *options, str(image)]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+    return Disk(str(image), mountpoint)
 
 
 def ganesha_config(mountpoints: list[str], protocols: str, *, udp: bool = False) -> str:

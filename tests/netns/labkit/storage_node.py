@@ -19,6 +19,9 @@ from tests.netns.labkit.place import LabError, Place, Process
 
 _PROGRAM = Path(sys.executable).parent / "nfsha"
 
+STATE = "/var/lib/nfsha"
+"""Where the daemon keeps what lasts. A lab may give it a disk of its own."""
+
 
 class StorageNode(Place):
     """Node a or b. `nfs`: its NFS service; `daemon`: the nfsha started last (None: never)."""
@@ -34,7 +37,8 @@ class StorageNode(Place):
         stay: bool = False,
     ) -> None:
         super().__init__(name, lab_name, folder, disks, stay)
-        self.nfs = NfsServer(self, [disk.mountpoint for disk in disks], protocols)
+        served = [disk.mountpoint for disk in disks if disk.mountpoint != STATE]
+        self.nfs = NfsServer(self, served, protocols)
         self.daemon: Process | None = None
 
     @property
