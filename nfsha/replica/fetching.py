@@ -624,6 +624,22 @@ class Fetching:
 
     # ------------------------------------------------------------- proving
 
+    def lacking(self) -> str:
+        """Why this node could not have all that the source has; "" when each volume has its copy.
+
+        A daemon that has just started knows of no volume yet: that is not to have them all.
+        """
+        if self._inventory.there is None:
+            return "the other node has not told its volumes yet"
+        pairs = self._inventory.pairs()
+        bad = [sentence for pair in pairs for sentence in pair.obstacles()]
+        bad += [
+            f"volume {pair.name} is not looked after yet"
+            for pair in pairs
+            if not bad and pair.uuid not in self.copies
+        ]
+        return "; ".join(bad) or ("" if pairs else "there is no volume to copy")
+
     async def vouch(self, uuid: str, epoch: Epoch, listing: Listing) -> str:
         """Says why a copy is not known to be all that the source has, or "".
 

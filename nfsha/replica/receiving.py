@@ -29,8 +29,13 @@ log = logging.getLogger(__name__)
 MAX_ROUNDS = 20
 """More rounds of passes than that never came near: something writes too fast."""
 
-MAX_FAILURES = 3
-"""So many passes in a row may fail while the giver serves."""
+MAX_FAILURES = 6
+"""So many rounds in a row may fail, or be refused, while the giver serves."""
+
+RETRY_AFTER_S = 1.0
+"""So long after a failed one comes the next. A giver that has only just taken over offers its
+volumes a moment later, and one whose rsync daemon died has another within 5 s.
+"""
 
 
 class FarError(Exception):
@@ -130,7 +135,10 @@ class Receiving:
             failures = failures + 1 if trouble else 0
             if failures >= MAX_FAILURES:
                 raise FarError(trouble)
-            if not trouble and near.near and walked >= self._fetching.copies.keys():
+            if trouble:
+                await asyncio.sleep(RETRY_AFTER_S)
+                continue
+            if near.near and walked >= self._fetching.copies.keys():
                 return
             if near.hopeless:
                 break
@@ -142,6 +150,8 @@ class Receiving:
         `walked`: the volumes of which all was compared, and the giver's journal knows what changed
         since. The others are walked first.
         """
+        if lacking := self._fetching.lacking():
+            return lacking
         if not (left := self._fetching.copies.keys() - walked):
             return await self._round_of_changes(epoch, near, walked)
         trouble = await self._round("full", dict.fromkeys(sorted(left), Kind.FULL))
@@ -153,9 +163,7 @@ class Receiving:
         began_ms = self._clocks.now_ms()
         try:
             listing = await self._fetching.list_all(epoch)
-        except RefusedError as error:
-            raise FarError(str(error)) from error
-        except TROUBLES as error:
+        except (RefusedError, *TROUBLES) as error:
             return str(error)
         changed: dict[str, tuple[bytes, ...]] = {}
         for uuid in self._fetching.copies:
@@ -214,7 +222,7 @@ class Receiving:
             copy = self._fetching.copies.get(uuid)
             if copy is None or not done:
                 return f"volume {self._name_of(uuid)}: its pass was broken off"
-            if copy.state in (State.HELD, State.REFUSED):
+            if copy.state is State.HELD:
                 raise FarError(f"volume {self._name_of(uuid)}: {copy.why}")
             if copy.state is not State.IDLE:
                 return f"volume {self._name_of(uuid)}: {copy.why}"
@@ -225,6 +233,8 @@ class Receiving:
     async def _finish(self, step: Finish) -> None:
         """One fetch for all volumes before the last passes, and one after the proof of them."""
         self._fetching.careful = False  # the proof itself reads all that the last pass looks at
+        if lacking := self._fetching.lacking():
+            raise FarError(lacking)
         volumes = tuple(self._fetching.copies)
         frozen = await self._list(step.epoch)
         changed = {}
@@ -240,6 +250,9 @@ class Receiving:
         at_once = asyncio.Semaphore(self._parallel)
         await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
         last = await self._list(step.epoch)
+        alone = [one.name for one in last.facts.volumes if one.identity not in volumes]
+        if alone:
+            raise FarError(f"the giver has volumes without a copy here: {', '.join(alone)}")
         for uuid in volumes:
             self._refuse(uuid, await self._fetching.vouch(uuid, step.epoch, last))
 

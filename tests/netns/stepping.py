@@ -203,6 +203,20 @@ class Stepped(Copies):
         except (AssertionError, LabError, ControlError, CommandError) as error:
             raise AssertionError(f"{what}: {error}\n{self._story()}") from error
 
+    def wait_asked(self, within_s: float = 20.0) -> None:
+        """Asks the giver for a move until it takes it."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                answer = str(self.ask(self.giver, "handover", to=ROLES[self.receiver]))
+                if "'ok': True" in answer:
+                    return
+            except (ControlError, CommandError) as error:
+                answer = str(error)
+            if time.monotonic() > deadline:
+                raise LabError(f"no move within {within_s} s: {answer}")
+            time.sleep(0.01)
+
     def _end_asking(self) -> None:
         if self._asking is not None:
             self._asking.join(ASKED_WITHIN_S)

@@ -26,7 +26,7 @@ STEPS = (
     (Action(GIVER, "FREEZING: comes to rest"), GIVER),
     (Action(GIVER, "PREPARED: writes prepared"), RECEIVER),
     (Action(GIVER, "PREPARED: shows that it is ready"), GIVER),
-    (Action(RECEIVER, "Finish: pass"), RECEIVER),
+    (Action(RECEIVER, "Finish: last pass"), RECEIVER),
     (Action(RECEIVER, "Finish: proof"), GIVER),
     (Action(RECEIVER, "RESTORING: ends what receives"), GIVER),
 )

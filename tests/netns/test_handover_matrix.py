@@ -82,6 +82,19 @@ def test_some_cases_with_each_action_and_each_fault(make_lab: MakeLab) -> None:
     assert not failures, failures[0]
 
 
+@pytest.mark.timeout(120)
+def test_a_receiver_that_is_just_back_copies_before_it_says_that_it_is_near(lab: Lab) -> None:
+    with Stepped(lab) as pair, pair.judged("asked at once"):
+        receiver = pair.receiver
+        pair.daemon(receiver).kill()
+        pair.start(receiver)
+        pair.wait_asked()
+        pair.wait(lambda: pair.status(receiver).get("phase") == "ACTIVE", "end of the move")
+        told = pair.printed(receiver)
+        begun, full, near = (told.index(sign) for sign in (" P60 ", "a full walk", " Y10 "))
+        assert begun < full < near, told
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("fault", list(Fault), ids=lambda fault: fault.name.lower())

@@ -13,6 +13,7 @@ import pytest
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, Role
 from nfsha.core.replication import Approach, Finish, Rest
+from nfsha.replica import receiving as receiving_module
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.convergence import Convergence, Took
 from nfsha.replica.copying import Copy, State
@@ -23,6 +24,13 @@ from nfsha.replica.published import Published, encode_published
 from nfsha.replica.receiving import MAX_FAILURES, Receiving
 from nfsha.replica.schedule import Kind, Reason
 from nfsha.replica.source_facts import SourceFacts
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed round is made again at once."""
+    monkeypatch.setattr(receiving_module, "RETRY_AFTER_S", 0.0)
+
 
 EPOCH = Epoch(3, "00000000000000aa", Role.STANDBY)
 NEXT = Epoch(4, "00000000000000bb", Role.PRIMARY)
@@ -53,6 +61,9 @@ class Source:
         self.differs: dict[str, str] = {}
         self.after_freeze: dict[str, Published] = {}
         self.troubles: list[Exception] = []
+        self.lacks: list[str] = []
+        self.states: list[State] = []
+        self.facts = FACTS
         self.careful = False
         self.pressing = False
         self.was_pressing: list[bool] = []
@@ -77,7 +88,10 @@ class Source:
         self.done.append("list")
         if self.troubles:
             raise self.troubles.pop(0)
-        return Listing(FACTS, dict(self.lists))
+        return Listing(self.facts, dict(self.lists))
+
+    def lacking(self) -> str:
+        return self.lacks.pop(0) if self.lacks else ""
 
     async def make(self, uuid: str, reason: Reason) -> bool:
         self.done.append(f"{reason.kind} {UUIDS.index(uuid)}{' careful' if self.careful else ''}")
@@ -86,7 +100,7 @@ class Source:
         times = self.takes_ms[reason.kind]
         self.now_ms += times.pop(0) if times else 100
         self.marks[uuid] = mark(uuid, self.lists[uuid].last)
-        self.copies[uuid].state = State.IDLE
+        self.copies[uuid].state = self.states.pop(0) if self.states else State.IDLE
         return True
 
     async def compare(self, uuid: str, epoch: Epoch, folders: tuple[bytes, ...]) -> str:
@@ -212,9 +226,47 @@ def test_passes_that_fail_again_and_again_end_it() -> None:
     assert isinstance(found, PresyncChanged) and found.failed == "no answer"
     source.troubles = [OSError("no answer")] * (MAX_FAILURES - 1)
     assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+
+
+def test_a_giver_that_does_not_offer_its_volumes_yet_is_asked_again() -> None:
+    source = Source(UUIDS[0])
     source.troubles = [RefusedError("another epoch")]
+    source.states = [State.REFUSED, State.IDLE]
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    source.states = [State.REFUSED] * MAX_FAILURES
     found = receive(source, APPROACH)
-    assert isinstance(found, PresyncChanged) and found.failed == "another epoch"
+    assert isinstance(found, PresyncChanged) and "v0" in found.failed
+
+
+def test_held_deletions_end_it_at_once() -> None:
+    source = Source(UUIDS[0])
+    source.states = [State.HELD]
+    found = receive(source, APPROACH)
+    assert isinstance(found, PresyncChanged) and "v0" in found.failed
+    assert source.done.count("full 0 careful") == 1
+
+
+def test_who_knows_of_no_volume_yet_is_not_near() -> None:
+    source = Source(UUIDS[0])
+    source.lacks = ["not told yet", "not told yet"]
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    assert source.done[0] == "full 0 careful"
+    source.lacks = ["volume data has no copy"] * MAX_FAILURES
+    found = receive(source, APPROACH)
+    assert isinstance(found, PresyncChanged) and found.failed == "volume data has no copy"
+
+
+def test_nothing_is_proved_while_a_volume_has_no_copy() -> None:
+    source = frozen()
+    source.lacks = ["not told yet"]
+    found = receive(source, FINISH)
+    assert isinstance(found, FinalChanged) and not found.proved and found.failed == "not told yet"
+    source = frozen()
+    alone = SimpleNamespace(name="new", identity="0d8ab111-3c0a-4d4f-9d7c-0123456789ad")
+    source.facts = SourceFacts(EPOCH, 100, (cast("Any", alone),), {})
+    found = receive(source, FINISH)
+    assert isinstance(found, FinalChanged) and not found.proved
+    assert found.failed == "the giver has volumes without a copy here: new"
 
 
 def frozen() -> Source:

@@ -27,7 +27,7 @@ from nfsha.replica import volumes
 from nfsha.replica.fetching import Fetching
 from nfsha.replica.replicator import Replicator
 from nfsha.replica.schedule import Cause, Reason, Schedule
-from tests.netns.labkit.stepped_actions import PASS, PROOF, STAMP, Namer, data_action, of_flow
+from tests.netns.labkit.stepped_actions import LAST, PASS, PROOF, STAMP, Namer, data_action, of_flow
 
 BEFORE, AFTER = "before", "after"
 _AT_ONCE = (SendHeartbeat, Announce)
@@ -62,6 +62,8 @@ class Stepped:
         self._namer = Namer()
         self._names: dict[int, tuple[Action, str]] = {}
         self._flow: Flow = Rest("the daemon is starting")
+        self._lists = 0
+        """How often this flow has asked for what changed."""
 
     def install(self) -> None:
         """From now on all engines and executors of this process are watched."""
@@ -114,10 +116,12 @@ class Stepped:
         _replace(Executors, "_on_lock", done_on_lock)
 
     def _watch_replication(self) -> None:
-        follow, make, prove = Replicator.follow, Schedule.make, Fetching.prove
+        follow, make, list_all = Replicator.follow, Schedule.make, Fetching.list_all
         stamp = volumes.write_stamp
 
         def followed(replicator: Replicator, flow: Flow, *more: Any) -> None:
+            if flow != self._flow:
+                self._lists = 0
             self._flow = flow
             follow(replicator, flow, *more)
 
@@ -128,11 +132,14 @@ class Stepped:
             self._gate.at(AFTER, name)
             return done
 
-        async def proved(fetching: Fetching, *args: Any) -> str:
-            self._gate.at(BEFORE, self._of_data(PROOF))
-            difference = await prove(fetching, *args)
-            self._gate.at(AFTER, self._of_data(PROOF))
-            return difference
+        async def listed(fetching: Fetching, *args: Any) -> Any:
+            # In the freeze once before the last pass, and once more for the proof.
+            self._lists += 1
+            name = self._of_data(LAST if self._lists == 1 else PROOF)
+            self._gate.at(BEFORE, name)
+            listing = await list_all(fetching, *args)
+            self._gate.at(AFTER, name)
+            return listing
 
         def stamped(*args: Any) -> None:
             name = self._of_data(STAMP) if isinstance(self._flow, Offer | Fetch) else ""
@@ -142,7 +149,7 @@ class Stepped:
 
         _replace(Replicator, "follow", followed)
         _replace(Schedule, "make", made)
-        _replace(Fetching, "prove", proved)
+        _replace(Fetching, "list_all", listed)
         _replace(volumes, "write_stamp", stamped)
 
     def _of_data(self, what: str) -> str:

@@ -15,12 +15,13 @@ from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
 from nfsha.core.state import State
 
 PASS = "pass"
+LAST = "last pass"
 PROOF = "proof"
 STAMP = "stamp"
 
 _OF_A_FLOW: dict[type, tuple[str, ...]] = {
     Approach: (PASS,),
-    Finish: (PASS, PROOF),
+    Finish: (LAST, PROOF),
     Fetch: (STAMP,),
     Offer: (STAMP,),
     Rest: (),
