@@ -108,6 +108,7 @@ class Answers:
         if command == "report":
             return {"report": moves.report(_text(args, "id"))}
         to = _role(args, "to")
+        await self._plans.look()
         if command == "handover-plan":
             return self._plans.plan(to)
         self._plans.require(to, _text(args, "plan"))

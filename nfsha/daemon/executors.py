@@ -69,6 +69,7 @@ class Executors:
                 self._world.replication.tick()
                 self._world.clients.tick()
                 self._world.locks.tick()
+                self._world.nfs_facts.tick()
             case model.AskWitness():
                 self._world.ask_witness()
             case model.Announce():

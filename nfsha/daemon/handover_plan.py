@@ -67,6 +67,10 @@ class Plans:
 
     # ------------------------------------------------------------- the plan
 
+    async def look(self) -> None:
+        """Has both nodes look at themselves, so that what is judged next is so now."""
+        await self._answers.look()
+
     def plan(self, to: Role, numbers: Facts | None = None) -> Facts:
         """All guards, with the id of the plan; with the numbers what they forbid, too."""
         plan = self._answers.plan(to)
@@ -165,6 +169,7 @@ class Plans:
             if "numbers" not in one:
                 yield {"progress": one}
                 continue
+            await self.look()
             yield {"done": True, "plan": self.plan(to, one["numbers"]), **one}
 
     async def _own(self, all_names: bool) -> AsyncGenerator[Facts, None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nfsha.config import RSYNC, Settings
@@ -16,6 +17,7 @@ from nfsha.core.model import FinalChanged, Phase, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import flow
 from nfsha.core.state import State
 from nfsha.daemon.inbox import Inbox
+from nfsha.nfs import v3_fence
 from nfsha.peer import pages
 from nfsha.peer.keys import KeyRing
 from nfsha.peer.links import Links
@@ -38,6 +40,7 @@ class Replication:
         inbox: Inbox,
         clock_ms: Callable[[], int],
     ) -> None:
+        self._settings = settings
         self._inbox = inbox
         self._sessions = (0, 0)
         self._phase = Phase.STARTING
@@ -112,7 +115,24 @@ class Replication:
     # ------------------------------------------------------------- facts, both ways
 
     def _report(self, changed: ReplicaChanged | PresyncChanged | FinalChanged) -> None:
-        self._inbox.put(changed)
+        if isinstance(changed, FinalChanged) and changed.proved:
+            self._inbox.watch(asyncio.ensure_future(self._prove_service(changed)))
+        else:
+            self._inbox.put(changed)
+
+    async def _prove_service(self, proved: FinalChanged) -> None:
+        """The data is equal: the last proof is that the server here answers v3, and refuses v4."""
+        nfs = self._settings.nfs
+        trouble = await v3_fence.not_fenced(
+            str(nfs.check_address),
+            nfs.nfs_port,
+            refuses4=nfs.version4 == "refuse",
+            timeout_ms=nfs.check_timeout_ms,
+        )
+        if trouble:
+            log.warning("the handover cannot go on: %s", trouble)
+            proved = replace(proved, proved=False, failed=trouble)
+        self._inbox.put(proved)
 
     def say(self, key: str, value: object) -> None:
         """Tells the other node this too, in place of what was said under this key; None: no more.

@@ -97,6 +97,7 @@ class Shell:
         self.world.clients.follow(decision.state)
         self.world.locks.follow(decision.state)
         self.moves.follow(decision.state, now_ms)
+        self.world.nfs_facts.follow(decision.state, now_ms)
         self.systemd.watchdog(now_ms)
 
     def _may_serve(self) -> bool:

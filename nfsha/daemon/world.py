@@ -15,6 +15,7 @@ from nfsha.core.model import NEVER_MS, CoreConfig, Datagram, Journal
 from nfsha.daemon.clients import Clients
 from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.locks import Locks
+from nfsha.daemon.nfs_facts import Eyes, NfsFacts
 from nfsha.daemon.replication import Replication
 from nfsha.daemon.volumes import HookedVolumes
 from nfsha.host.clock import boot_id, now_ms
@@ -104,6 +105,8 @@ class World:
         self.replication = Replication(settings, ring, wire, self.links, inbox, self.clock_ms)
         self.clients = Clients(settings, wire, self.links, inbox, self.clock_ms, self._may_announce)
         self.locks = Locks(settings, wire, self.links, inbox, self.clock_ms, self._may_announce)
+        eyes = Eyes(self.replication, self.address, self.announcer, self.others)
+        self.nfs_facts = NfsFacts(settings, ring, wire, self.links, inbox, self.clock_ms, eyes)
         self.health = _service_health(settings, self._wants_mounts)
         self.last_health: Health | None = None
         self._log = LimitedLog(log, self.clock_ms)
@@ -168,6 +171,7 @@ class World:
         await self.witness.start()
         await self.links.start()
         await self.replication.start()
+        self.nfs_facts.start()
         self._watch_firewall()
         self._tasks = [
             asyncio.ensure_future(self.health.run(self._health_report)),
@@ -200,6 +204,7 @@ class World:
         self._unwatch_firewall()
         await self.clients.close()
         await self.locks.close()
+        await self.nfs_facts.close()
         await self.replication.close()
         await self.volumes.close()
         self.links.close()

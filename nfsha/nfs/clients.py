@@ -233,13 +233,16 @@ def plain_address(text: str) -> IPAddress:
 
 
 def stray_objections(
-    found: Collection[Stray], vips: Collection[IPAddress]
+    found: Collection[Stray], vips: Collection[IPAddress], count: int = 0
 ) -> tuple[Objection, ...]:
-    """Says why clients must not be moved off this node: these would stay behind."""
+    """Says why clients must not be moved off this node: these would stay behind.
+
+    `count`: how many there are, where that is more than those given.
+    """
     if not found:
         return ()
     shown = [f"{one.client} at {one.address}:{one.port}" for one in sorted(found)[:_SHOWN_MAX]]
-    more = len(found) - len(shown)
+    more = max(len(found), count) - len(shown)
     named = " or ".join(str(vip) for vip in vips)
     return (
         Objection(

@@ -83,6 +83,10 @@ class Fields:
         """At most so many documents, each read by the function."""
         return tuple(read(value) for value in self._list(name, most))
 
+    def given(self, name: str, read: Callable[[object], _Item]) -> _Item:
+        """A document, read by the function."""
+        return read(self._document[name])
+
     def optional(self, name: str, read: Callable[[object], _Item]) -> _Item | None:
         """A document, read by the function, or None."""
         value = self._document[name]

@@ -110,6 +110,23 @@ async def prove(address: str, ports: Mapping[str, int], *, timeout_ms: int) -> F
     return FenceFacts(address, tcp, udp, ours[:_REGISTERED_MAX], _ANSWERED)
 
 
+async def not_fenced(address: str, port: int, *, refuses4: bool, timeout_ms: int) -> str:
+    """Asks the server once more, just before clients are led to it; returns what is wrong, or "".
+
+    `refuses4` False: the operator lets it speak v4. Takes at most twice the time limit.
+    """
+    with contextlib.closing(RpcConnection(address, port)) as nfs:
+        nfs3 = await nfs.null_call(NFS_PROGRAM, 3, timeout_ms=timeout_ms)
+        if not isinstance(nfs3, Answered):
+            return f"NFS v3 at {address}: {nfs3}"
+        if not refuses4:
+            return ""
+        nfs4 = await nfs.null_call(NFS_PROGRAM, 4, timeout_ms=timeout_ms)
+    if version4(nfs4) is Version4.REFUSED:
+        return ""
+    return f"NFS v4 at {address} is not refused ({nfs4}): switch it off"
+
+
 async def _by_tcp(address: str, ports: Mapping[str, int], timeout_ms: int) -> Answers:
     nfs, mountd = (RpcConnection(address, ports[name]) for name in ("nfs", "mountd"))
     with contextlib.closing(nfs), contextlib.closing(mountd):
@@ -235,11 +252,10 @@ def from_json(document: object) -> FenceFacts:
     """Returns the facts that `as_json` made a document of; FactsError for anything else."""
     what = "facts of NFS v3"
     fields = Fields(what, document, "address", "tcp", "udp", "registered", "rpcbind")
-    tcp = fields.optional("tcp", _answers_from_json)
     missing = fields.optional("registered", lambda value: value) is None
     return FenceFacts(
         address=fields.text("address"),
-        tcp=_answers_from_json(None) if tcp is None else tcp,
+        tcp=fields.given("tcp", _answers_from_json),
         udp=fields.optional("udp", _answers_from_json),
         registered=(
             None if missing else fields.each("registered", _REGISTERED_MAX, portmap.from_json)

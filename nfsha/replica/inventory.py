@@ -14,7 +14,7 @@ from pathlib import Path
 from nfsha.core.model import Epoch
 from nfsha.replica.survey import Survey
 from nfsha.replica.volume_facts import VolumeError, VolumeFacts, differences
-from nfsha.replica.volumes import only_volumes
+from nfsha.replica.volumes import IDENTITY_NAME, only_volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,22 @@ class Pair:
     def obstacles(self) -> Iterator[str]:
         """Why this volume forbids to move the service: it has no copy, or one side is not sound."""
         if self.paired != "paired":
-            yield f"volume {self.name} has no copy ({self.paired}): `nfsha volumes`"
+            yield f"volume {self.name} has no copy: {self._why_alone()}"
         for where, one in (("here", self.here), ("there", self.there)):
             if one is not None and (one.failing or one.read_only):
                 yield f"volume {self.name} {where}: {one.failing or 'mounted read-only'}"
+
+    def _why_alone(self) -> str:
+        for where, one in (("here", self.here), ("there", self.there)):
+            if one is None:
+                return f"it is not mounted {where}: mount it, and see `nfsha volumes`"
+        for where, one in (("here", self.here), ("there", self.there)):
+            if one is not None and one.identity is None and self.uuid is not None:
+                return (
+                    f"its identity {one.path}/{IDENTITY_NAME} is missing {where}: put {self.uuid} "
+                    f"back, or `nfsha volumes pair {self.name}` if it is another filesystem"
+                )
+        return f"it is {self.paired}: see `nfsha volumes`"
 
 
 class Inventory:

@@ -32,7 +32,7 @@ from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore, wholene
 from nfsha.replica.pull import From
 from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
-from nfsha.replica.receiving import Receiving
+from nfsha.replica.receiving import MAX_FAILURES, Receiving
 from nfsha.replica.schedule import Cause, Kind, Reason
 from nfsha.replica.serving import Serving
 from nfsha.replica.source import RSYNC, Source, epoch_token
@@ -436,6 +436,51 @@ class Replicator:
             await asyncio.to_thread(call, *args)
         except MarksError as error:
             log.warning("%s", error)
+
+    # ------------------------------------------------------------- before a handover
+
+    async def look(self) -> None:
+        """Looks at the volumes now, and tells what is new."""
+        await self.inventory.look()
+        self._changed()
+
+    def hindrances(self) -> list[str]:
+        """What would end a handover on this node's side, after clients were held for nothing.
+
+        Not deletions that are held: those have a plan, which an operator accepts.
+        """
+        if isinstance(self._flow, Offer):
+            found = [f"volume {name} is not offered: {why}" for name, why in self._not_offered()]
+            if self.source.trouble:
+                found.append(f"the data is not offered: {self.source.trouble}")
+            return found
+        if not isinstance(self._flow, FETCHES):
+            return []
+        return [
+            f"volume {self.inventory.name_of(copy.uuid)}: {copy.why}"
+            for copy in self.fetching.copies.values()
+            if self._hinders(copy)
+        ]
+
+    def copied_ns(self) -> int:
+        """When the oldest of the last complete passes began, by the source's clock.
+
+        0 where nothing is copied to this node, or a volume never was, whole.
+        """
+        if not isinstance(self._flow, FETCHES):
+            return 0
+        marks = [self.store.own.get(uuid) for uuid in self.fetching.copies]
+        return min((0 if mark is None else mark.started_ns for mark in marks), default=0)
+
+    def _not_offered(self) -> list[tuple[str, str]]:
+        unwatched = dict.fromkeys(self.serving.unwatched(), "it has no change journal")
+        return sorted((unwatched | self.serving.troubles).items())
+
+    def _hinders(self, copy: Copy) -> bool:
+        """A resync that waits for the operator's word is none: a handover is that word."""
+        if copy.state is State.REFUSED:
+            return self._settings.sync.resync == "automatic"
+        return copy.state is State.FAILED and copy.attempts >= MAX_FAILURES
 
     # ------------------------------------------------------------- for operators
 

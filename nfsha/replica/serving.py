@@ -247,11 +247,8 @@ class Serving:
         Who waits sets the limit. Nothing may be on its way any more: a request that was taken
         before the ports were closed is answered, and its write seen by the change journals.
         """
-        if self._offered.keys() - self.journals.keys():
-            names = (
-                self._offered[uuid].name for uuid in self._offered.keys() - self.journals.keys()
-            )
-            return f"no change journal vouches for volume {', '.join(sorted(names))}"
+        if unwatched := self.unwatched():
+            return f"no change journal vouches for volume {', '.join(unwatched)}"
         seen = -1
         while True:
             try:
@@ -265,6 +262,11 @@ class Serving:
                 return ""
             seen = now
             await asyncio.sleep(QUIET_S)
+
+    def unwatched(self) -> list[str]:
+        """The volumes that are offered without a change journal: none of them could be proved."""
+        missing = self._offered.keys() - self.journals.keys()
+        return sorted(self._offered[uuid].name for uuid in missing)
 
     def acknowledge(self, applied: Mapping[str, tuple[str, int]]) -> None:
         """The other node has applied so much of each volume's journal: (journal id, sequence)."""

@@ -92,6 +92,11 @@ class Announcer:
         """Why the newest frame could not be sent or awaited; None while all is well."""
         return self._trouble
 
+    @property
+    def link_address(self) -> str:
+        """This node's own link address on the interface, as a survey of the other node shows it."""
+        return packets.printable_mac(self._mac())
+
     async def start(self) -> None:
         """Opens the sockets and begins to watch.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -26,9 +26,8 @@ def needs_root() -> None:
         )
 
 
-@pytest.fixture
-def make_lab() -> Iterator[Callable[..., Lab]]:
-    """Makes labs with other options than the default; they are taken down after the test."""
+@contextmanager
+def _labs() -> Iterator[Callable[..., Lab]]:
     with ExitStack() as stack:
 
         def make(**options: object) -> Lab:
@@ -37,6 +36,20 @@ def make_lab() -> Iterator[Callable[..., Lab]]:
             stack.callback(_live.remove, lab)
             return lab
 
+        yield make
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., Lab]]:
+    """Makes labs with other options than the default; they are taken down after the test."""
+    with _labs() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_module_lab() -> Iterator[Callable[..., Lab]]:
+    """The same for labs that all tests of a module share."""
+    with _labs() as make:
         yield make
 
 

@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.nfs import clients, exports, file_handles, portmap, v3_fence
+from nfsha.daemon import nfs_facts
+from nfsha.daemon.nfs_facts import Told
+from nfsha.nfs import clients, exports, file_handles, portmap, served, v3_fence
 from nfsha.nfs.clients import Stray, V4Client, V4ClientFacts
 from nfsha.nfs.exports import Configured, Export, ExportFacts
 from nfsha.nfs.facts import FactsError, Objection
 from nfsha.nfs.file_handles import Handle, HandleFacts
 from nfsha.nfs.portmap import Registered
+from nfsha.nfs.served import Served
 from nfsha.nfs.v3_fence import Answers, FenceFacts, Version4
 
 ANSWERS = Answers("answered", Version4.REFUSED, "version not supported", "answered")
@@ -31,15 +34,36 @@ EXPORTS = ExportFacts(
     ),
 )
 HANDLES = HandleFacts("data", (Handle(".nfsha-volume", "08", 17), Handle("web\udcff", "09", 0)))
+STRAY = Stray("10.0.0.5", "10.0.0.1", 2049)
+SERVED = Served(FENCE, EXPORTS, V4, (STRAY,), 70, "", (HANDLES,))
+TOLD = Told(
+    asks=5,
+    answers=7,
+    version="0.1.0",
+    key="1122aabb",
+    settings=dict.fromkeys(nfs_facts.SETTINGS, "a"),
+    wall_ns=1_700_000_000_000_000_000,
+    link_address="02:00:00:00:00:01",
+    held=("10.0.0.100",),
+    seen={"10.0.0.100": "02:00:00:00:00:01"},
+    rsync="3.2.7",
+    rsync_refused="",
+    hindrances=("volume data: held",),
+    copied_ns=1,
+    served=SERVED,
+)
 
 TRAVELLERS = [
     (FENCE, v3_fence.as_json, v3_fence.from_json),
     (NO_LIST, v3_fence.as_json, v3_fence.from_json),
     (V4, clients.as_json, clients.from_json),
-    (Stray("10.0.0.5", "10.0.0.1", 2049), clients.stray_as_json, clients.stray_from_json),
+    (STRAY, clients.stray_as_json, clients.stray_from_json),
     (EXPORTS, exports.as_json, exports.from_json),
     (HANDLES, file_handles.as_json, file_handles.from_json),
     (Registered(100003, 3, "udp", 2049), portmap.as_json, portmap.from_json),
+    (SERVED, served.as_json, served.from_json),
+    (TOLD, nfs_facts.as_json, nfs_facts.from_json),
+    (replace(TOLD, seen=None), nfs_facts.as_json, nfs_facts.from_json),
 ]
 travellers = pytest.mark.parametrize(("facts", "write", "read"), TRAVELLERS)
 

@@ -1,0 +1,481 @@
+"""Each guard of a planned move, provoked for real on one pair: refused, and nothing has changed.
+
+The standby serves, so that the move is a failback. The tests of a module share the pair, one after
+the other; what a test breaks it mends, and the next one begins with a table that is all in order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nfsha.daemon.node_guards import GUARDS
+from nfsha.replica.source import RSYNC
+from tests.netns.copies import SYNC, Copies
+from tests.netns.lab import STORAGE, Lab
+from tests.netns.labkit.network import PLACES, VIP
+from tests.netns.labkit.nfs_server import ganesha_config
+
+pytestmark = pytest.mark.timeout(120)
+
+GIVER, RECEIVER = "b", "a"
+MOVE_S = 60.0
+FILES = 150
+"""More than may be deleted without a word (`sync.max_deletes`)."""
+# A server that speaks v4 must not make its node unfit here: else another guard would say it too.
+TABLES = 'version4 = "warn"\n' + SYNC
+
+MOVING = frozenset(
+    {"ACTIVE", "PRESYNC", "FREEZING", "PREPARED", "FINAL_SYNC", "RESTORING", "TAKEOVER", "ISOLATED"}
+)
+"""A refused move leads to none of these phases, nor out of one."""
+
+FACTS = frozenset({"facts of the other node", *GUARDS})
+"""The guards that cannot be judged without what the other node tells of itself."""
+ILL = frozenset({"services and storage", "one serves, the other waits"})
+
+_STRAY = """
+import socket, sys
+kept = socket.create_connection((sys.argv[1], 2049))
+print("connected", flush=True)
+kept.recv(1)
+"""
+
+# Another release of nfsha, on a host whose wall clock is an hour ahead.
+_OTHER = """
+import time
+import nfsha
+nfsha.__version__ = "0.0.9"
+_right = time.time_ns
+time.time_ns = lambda: _right() + 3_600_000_000_000
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a move was answered: its exit code, and the table of guards by name."""
+
+    code: int
+    guards: dict[str, dict[str, Any]]
+    answer: dict[str, Any]
+
+    @property
+    def failing(self) -> set[str]:
+        return {name for name, one in self.guards.items() if not one["ok"]}
+
+    def found(self, name: str) -> str:
+        return str(self.guards[name]["found"])
+
+
+def ask(copies: Copies, *argv: str, on: str = RECEIVER, command: str = "failback") -> Asked:
+    """Asks for a move on a node."""
+    done = copies.lab.node(on).nfsha(command, "--json", *argv, check=False, timeout_s=MOVE_S)
+    answer = json.loads(done.stdout)
+    table = {one["name"]: one for one in answer.get("guards", ())}
+    return Asked(done.returncode, table, answer)
+
+
+def ready(copies: Copies) -> None:
+    """Waits until every guard lets the move pass."""
+    copies.wait(lambda: ask(copies, "--dry-run").code == 0, "table that is all in order")
+
+
+def standing(copies: Copies) -> dict[str, object]:
+    """All of both nodes that a refused move must leave as it is."""
+    found: dict[str, object] = {}
+    for name in ("a", "b"):
+        node = copies.lab.node(name)
+        addresses = json.loads(node.run("ip", "-j", "addr").stdout)
+        found[f"addresses of {name}"] = {
+            (one["ifname"], entry["local"]) for one in addresses for entry in one["addr_info"]
+        }
+        rules = node.run("nft", "-s", "list", "ruleset").stdout
+        found[f"ruleset of {name}"] = re.sub(r"timeout \d+ms", "timeout", rules)  # the lease runs
+        journal = copies.lab.folder / name / "lib" / "journal"
+        found[f"journal of {name}"] = journal.read_bytes()
+        found[f"tree of {name}"] = tree(node.path("/nfs/data"))
+        steps = [move for move in copies.moves(name) if MOVING & {*move}]
+        found[f"steps of {name}"] = steps
+    return found
+
+
+def tree(root: Path) -> dict[str, tuple[int, ...] | bytes]:
+    """What is in a folder: kind and mode, owner, size, time, content. nfsha writes in its root."""
+    found: dict[str, tuple[int, ...] | bytes] = {}
+    for folder, _, files in os.walk(root):
+        for path in (Path(folder), *(Path(folder) / name for name in files)):
+            status = path.lstat()
+            kept = (
+                status.st_mode,
+                status.st_uid,
+                status.st_gid,
+                status.st_size,
+                status.st_mtime_ns,
+            )
+            name = str(path.relative_to(root))
+            found[name] = kept if path != root else kept[:3]
+            if path.is_file() and not path.is_symlink():
+                found[f"{name} holds"] = path.read_bytes()
+    return found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A move that was asked for, and what stood before and after it."""
+
+    before: dict[str, object]
+    asked: Asked
+    after: dict[str, object]
+
+    def assert_refused(self, wanted: AbstractSet[str], also: AbstractSet[str]) -> None:
+        """Exit 3, exactly these guards fail, and nothing has changed.
+
+        `also`: guards that may fail too, for what is broken is seen in more than one place.
+        """
+        assert self.asked.code == 3, self.asked.answer
+        said = {one: self.asked.found(one) for one in self.asked.failing}
+        assert wanted <= self.asked.failing <= wanted | also, said
+        for what, was in self.before.items():
+            assert self.after[what] == was, what
+
+
+def tried(copies: Copies, on: str = RECEIVER) -> Tried:
+    """Asks for the move, on a pair where it must be refused."""
+    before = standing(copies)
+    asked = ask(copies, "--yes", on=on)
+    return Tried(before, asked, standing(copies))
+
+
+@pytest.fixture(scope="module")
+def copies(make_module_lab: Callable[..., Lab]) -> Copies:
+    """The standby serves, and the primary is a whole replica."""
+    lab = make_module_lab()
+    copies = Copies(lab, sync=TABLES)
+    other = os.urandom(32).hex()
+    for name in STORAGE:  # two keys on both: the second one only opens
+        key_file = lab.node(name).path("/etc/nfsha/cluster.key")
+        key_file.write_text(key_file.read_text() + other + "\n")
+    folder = copies.here("a") / "folder"
+    folder.mkdir()
+    for number in range(FILES):
+        (folder / f"file-{number}").write_text(f"{number}")
+    copies.settle_whole()
+    moved = ask(copies, "--yes", command="switchover")
+    assert moved.code == 0, moved.answer
+    copies.wait_phase("a", "PASSIVE", since_ms=0, within_s=20)
+    return copies
+
+
+# ------------------------------------------------------------------ what breaks, and is mended
+
+
+@contextmanager
+def paused(copies: Copies) -> Iterator[None]:
+    node = copies.lab.node(RECEIVER)
+    node.nfsha("sync", "--pause")
+    yield
+    node.nfsha("sync", "--resume")
+
+
+@contextmanager
+def without_identity(copies: Copies) -> Iterator[None]:
+    file = copies.here(RECEIVER) / ".nfsha-volume"
+    content = file.read_bytes()
+    file.unlink()
+    yield
+    file.write_bytes(content)
+
+
+@contextmanager
+def unmounted(copies: Copies) -> Iterator[None]:
+    node = copies.lab.node(RECEIVER)
+    node.run("umount", "-l", "/nfs/data")
+    yield
+    image = copies.lab.folder / f"{RECEIVER}-data.img"
+    node.run("mount", "-o", "loop", image, "/nfs/data")
+
+
+@contextmanager
+def read_only(copies: Copies) -> Iterator[None]:
+    node = copies.lab.node(RECEIVER)
+    node.run("mount", "-o", "remount,ro", "/nfs/data")
+    yield
+    node.run("mount", "-o", "remount,rw", "/nfs/data")
+
+
+@contextmanager
+def another_server(copies: Copies) -> Iterator[None]:
+    """It speaks v4, over UDP too, and another number stands in its file handles."""
+    nfs = copies.lab.node(RECEIVER).nfs
+    nfs.stop()
+    wrong = ganesha_config(nfs.mountpoints, "3,4", udp=True).replace("Export_Id=1;", "Export_Id=2;")
+    nfs.place.path("/etc/ganesha/ganesha.conf").write_text(wrong)
+    nfs.start_on_what_is_there()
+    yield
+    nfs.stop()
+    nfs.start()
+
+
+@contextmanager
+def no_server(copies: Copies) -> Iterator[None]:
+    nfs = copies.lab.node(RECEIVER).nfs
+    nfs.stop()
+    copies.wait_phase(RECEIVER, "FAULT", since_ms=copies.now_ms() - 1000)
+    yield
+    nfs.start()
+
+
+@contextmanager
+def v4_in_the_file(copies: Copies) -> Iterator[None]:
+    """The server on the giver refuses v4 now, and will speak it when it starts next."""
+    file = copies.lab.node(GIVER).path("/etc/ganesha/ganesha.conf")
+    text = file.read_text()
+    file.write_text(text.replace("Protocols = 3;", "Protocols = 3, 4;"))
+    yield
+    file.write_text(text)
+
+
+@contextmanager
+def no_rsync(copies: Copies) -> Iterator[None]:
+    node = copies.lab.node(RECEIVER)
+    node.run("mount", "--bind", "/bin/true", RSYNC)
+    yield
+    node.run("umount", RSYNC)
+
+
+@contextmanager
+def another_holder(copies: Copies) -> Iterator[None]:
+    """A third machine answers for the VIP."""
+    interface = PLACES["w"].lan.interface
+    copies.lab.w.run("ip", "addr", "add", f"{VIP}/32", "dev", interface)
+    yield
+    copies.lab.w.run("ip", "addr", "del", f"{VIP}/32", "dev", interface)
+
+
+@contextmanager
+def in_maintenance(copies: Copies) -> Iterator[None]:
+    node = copies.lab.node(RECEIVER)
+    node.nfsha("maintenance", "on")
+    yield
+    node.nfsha("maintenance", "off")
+
+
+@contextmanager
+def journal_unwritable(copies: Copies) -> Iterator[None]:
+    """What the journal writes first is a folder, which no write replaces."""
+    node = copies.lab.node(RECEIVER)
+    blocked = node.path("/var/lib/nfsha/.journal.new")
+    blocked.mkdir()
+    node.nfsha("maintenance", "on", check=False)
+    copies.wait(lambda: "journal" in str(node.status()["alarms"]), "alarm of the journal")
+    yield
+    blocked.rmdir()
+    node.nfsha("maintenance", "off", check=False)
+
+
+@contextmanager
+def large_packets_lost(copies: Copies) -> Iterator[None]:
+    """Heartbeats pass, what is longer does not: the wrong MTU somewhere on the way."""
+    node = copies.lab.node(GIVER)
+    node.run("nft", "add table inet narrow")
+    node.run("nft", "add chain inet narrow way { type filter hook output priority 0; }")
+    node.run("nft", "add rule inet narrow way udp length > 600 drop")
+    yield
+    node.run("nft", "delete table inet narrow")
+
+
+@contextmanager
+def many_deleted(copies: Copies) -> Iterator[None]:
+    """More deletions than are made without an operator's word."""
+    node = copies.lab.node(RECEIVER)
+    for number in range(FILES):
+        (copies.here(GIVER) / "folder" / f"file-{number}").unlink()
+    copies.wait(lambda: copies.copy(RECEIVER)["state"] == "held", "held deletions")
+    yield
+    plan = copies.copy(RECEIVER)["plan"]["hash"]
+    node.nfsha("sync", "--wait", "data", "--accept-deletes", plan)
+
+
+def _provoked() -> Iterator[Any]:
+    for how, wanted, also, words in (
+        (paused, {"passes"}, set(), "--resume"),
+        (v4_in_the_file, {"NFS v4 clients"}, set(), "say Protocols = 3 there"),
+        (another_holder, {"VIP on the node that serves only"}, set(), "find that machine"),
+        (in_maintenance, {"one serves, the other waits", "no promise"}, set(), "MAINTENANCE"),
+        (without_identity, {"volumes"}, {"copies"}, "identity"),
+        (read_only, {"volumes"}, {"copies", *ILL}, "read-only"),
+        (no_rsync, {"rsync"}, {"copies"}, "no rsync's version"),
+        (journal_unwritable, {"journal"}, {"no promise", *ILL}, "mend the disk"),
+        (many_deleted, {"deletions"}, set(), "--accept-deletes"),
+        (large_packets_lost, FACTS, set(), "loses large packets"),
+        (
+            another_server,
+            {"NFS v3 only on the receiver", "exports", "ports and transports"},
+            set(),
+            "switch v4 off",
+        ),
+        (
+            no_server,
+            {"NFS v3 only on the receiver", "exports", "ports and transports", *ILL},
+            {"copies"},
+            "start the NFS server",
+        ),
+        (unmounted, {"volumes"}, {"copies", "exports", *ILL}, "volume data"),
+    ):
+        yield pytest.param(how, wanted, also, words, id=how.__name__)
+
+
+Breaks = Callable[[Copies], AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize(("how", "wanted", "also", "words"), list(_provoked()))
+def test_refused_and_nothing_changed(
+    copies: Copies, how: Breaks, wanted: AbstractSet[str], also: AbstractSet[str], words: str
+) -> None:
+    with how(copies):
+        found = tried(copies)
+    found.assert_refused(wanted, also)
+    assert words in " ".join(found.asked.found(name) for name in wanted)
+    ready(copies)
+
+
+def test_another_nfsha_key_clock_or_configuration(copies: Copies, tmp_path: Path) -> None:
+    node = copies.lab.node(RECEIVER)
+    copies.daemon(RECEIVER).kill()
+    copies.wait(lambda: not copies.lab.node(GIVER).status()["peer"]["heard"], "silence")
+    found = tried(copies, on=GIVER)
+    found.assert_refused({"other node heard"} | FACTS, also=ILL | {"volumes", "epochs"})
+    assert "start nfsha there" in found.asked.found("other node heard")
+    assert "what it told last is" in found.asked.found("facts of the other node")
+
+    (tmp_path / "sitecustomize.py").write_text(_OTHER)
+    config, key = (node.path(f"/etc/nfsha/{name}") for name in ("nfsha.toml", "cluster.key"))
+    right = {file: file.read_text() for file in (config, key)}
+    config.write_text(right[config] + "[firewall.ports]\nstatd = 20099\n")
+    key.write_text("\n".join(reversed(right[key].split())) + "\n")
+    since_ms = copies.now_ms()
+    node.start_daemon({"PYTHONPATH": str(tmp_path)})
+    copies.wait_phase(RECEIVER, "PASSIVE", since_ms=since_ms)
+    wanted = {"nfsha", "key", "clocks", "configuration"}
+    found = tried(copies, on=GIVER)
+    found.assert_refused(wanted, also={"copies"})
+    asked = found.asked
+    assert asked.found("nfsha").startswith("0.1.0 here, 0.0.9 there; ")
+    assert "time servers" in asked.found("clocks")
+    assert "statd 20099" in asked.found("configuration")
+
+    copies.daemon(RECEIVER).kill()
+    for file, text in right.items():
+        file.write_text(text)
+    node.start_daemon()
+    ready(copies)
+
+
+# ------------------------------------------------------------------ it goes, whatever else goes on
+
+
+class Moving(threading.Thread):
+    """A move that is asked for, and watched by its command, beside the test."""
+
+    def __init__(self, copies: Copies, on: str, command: str) -> None:
+        super().__init__()
+        self._copies, self._on, self._command = copies, on, command
+        self.asked = Asked(-1, {}, {})
+        self.start()
+
+    def run(self) -> None:
+        self.asked = ask(self._copies, "--yes", on=self._on, command=self._command)
+
+    def ended(self) -> Asked:
+        self.join(MOVE_S)
+        return self.asked
+
+
+def turns(copies: Copies) -> tuple[str, str, str]:
+    """Who serves, who waits, and the command that changes that."""
+    giver, receiver = ("a", "b") if copies.phase("a") == "ACTIVE" else ("b", "a")
+    copies.wait_phase(receiver, "PASSIVE")
+    return giver, receiver, "failback" if receiver == "a" else "switchover"
+
+
+def test_from_both_nodes_at_once_and_twice_in_a_row(copies: Copies) -> None:
+    _, receiver, command = turns(copies)
+    since_ms = copies.now_ms()
+    both = [Moving(copies, on, command) for on in STORAGE]
+    codes = [one.ended().code for one in both]
+    assert 0 in codes, [one.asked.answer for one in both]
+    assert set(codes) <= {0, 3}, [one.asked.answer for one in both]
+    assert [to for _, to in copies.moves(receiver, since_ms)].count("ACTIVE") == 1
+    again = ask(copies, "--yes", command=command)
+    assert again.code == 3
+    assert "it serves there already" in again.found("one serves, the other waits")
+    copies.assert_never_two()
+
+
+@pytest.mark.parametrize("kind", ["--full", "--verify"])
+def test_while_a_pass_runs(copies: Copies, kind: str) -> None:
+    """The pass is ended: one that hangs, or takes hours, holds no move up."""
+    giver, receiver, command = turns(copies)
+    copies.wait(lambda: copies.copy(receiver)["state"] == "idle", "rest")
+    daemon = psutil.Process(copies.daemon(giver).pid)
+    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
+    for one in stopped:
+        one.suspend()
+    try:
+        copies.lab.node(receiver).nfsha("sync", kind)
+        copies.wait(lambda: copies.copy(receiver)["state"] == "running", "pass under way")
+        since_ms = copies.now_ms()
+        moving = Moving(copies, receiver, command)
+        copies.wait_phase(receiver, "PRESYNC", since_ms=since_ms)
+    finally:
+        for one in stopped:
+            one.resume()
+    assert moving.ended().code == 0, moving.asked.answer
+    copies.wait_phase(giver, "PASSIVE", since_ms=since_ms)
+    assert copies.differences() == []
+
+
+# ------------------------------------------------------------------ a copy of blocks
+
+
+def test_a_clone_of_blocks_and_a_client_past_the_vip(lab: Lab) -> None:
+    own = lab.a.addresses.lan.ipv4
+    stray = lab.c.spawn([sys.executable, "-c", _STRAY, own], name="stray")
+    copies = Copies(lab)
+    copies.wait(lambda: "connected" in stray.output(), "connection")
+    (copies.here("a") / "folder").mkdir()
+    copies.settle_whole()
+    node = copies.lab.b
+    copies.daemon("b").kill()
+    node.nfs.stop()
+    node.run("umount", "/nfs/data")
+    lab.a.run("fsfreeze", "--freeze", "/nfs/data")
+    images = [lab.folder / f"{name}-data.img" for name in STORAGE]
+    lab.a.run("cp", "--sparse=always", *images)
+    lab.a.run("fsfreeze", "--unfreeze", "/nfs/data")
+    node.run("mount", "-o", "loop", images[1], "/nfs/data")
+    node.nfs.start()
+    since_ms = copies.now_ms()
+    copies.start("b")
+    copies.wait_phase("b", "PASSIVE", since_ms=since_ms)
+    before = standing(copies)
+    asked = ask(copies, "--yes", command="switchover")
+    assert asked.code == 3
+    said = {name: asked.found(name) for name in asked.failing}
+    wanted = {"file handles", "clients past the VIP"}
+    assert wanted <= said.keys() <= wanted | {"copies"}, said  # passes are refused for it, too
+    assert "cloned block by block" in said["file handles"]
+    assert f"{PLACES['c'].lan.ipv4} at {own}:2049" in said["clients past the VIP"]
+    assert standing(copies) == before
