@@ -114,6 +114,15 @@ def test_a_tree_that_differs_and_a_pass_that_failed_miss_the_bar(good: Findings)
     assert ["1 differ" in bar.found for bar in missed(good)] == [True]
 
 
+def test_what_the_other_contestant_left_unequal_is_a_fact_and_no_bar(good: Findings) -> None:
+    assert "left" not in replication_report.page(good)
+    good.equalities.append(Equality("cron", "files10000", 10_000, ("b'x': mtime 1, 2",)))
+    assert missed(good) == []
+    page = replication_report.page(good)
+    assert "left 1 of its own copies different from the source (files10000)" in page
+    assert "1 trees, 0 differ" in page
+
+
 def test_the_page_and_the_raw_file_tell_everything(good: Findings, tmp_path: Path) -> None:
     good.failures = ["nfsha, calm, run 2: exit 4\nmore"]
     good.equalities.append(Equality("cron", "other", 7, ("b'x': missing on the right",)))
