@@ -54,8 +54,8 @@ class From:
 
 
 _SAME: Final = (
-    # -a without -r, and hard links, ACLs, extended attributes, holes
-    "-lptgoDHAXS",
+    # -a without -r, and hard links, ACLs, extended attributes
+    "-lptgoDHAX",
     "--numeric-ids",
     "-x",  # a filesystem mounted inside is a volume of its own, here and there
     "--modify-window=-1",  # nanoseconds count: without it a change within one second is missed
@@ -68,6 +68,9 @@ _SAME: Final = (
     "--no-motd",
     "--no-human-readable",
 )
+
+# Looks for holes in all that it writes: in pieces of 1 KiB, 0.8 s of CPU time for a GiB.
+_HOLES: Final = "-S"
 
 # What was received of a large file is kept by a run that is cut; the next one goes on with it.
 _PARTS: Final = (f"--partial-dir={PARTIAL_NAME.decode()}",)
@@ -101,7 +104,14 @@ class Course:
         says = ("-n", "--delete", "--out-format=%i %n %l %M", "--info=stats2", *_OLD_PARTS)
         return self._line(*says, *self._reads(), *self._scope(self.list_path))
 
-    def copy(self, *, make_way: int, bandwidth_kib_s: int | None, aside: bool = True) -> list[str]:
+    def copy(
+        self,
+        *,
+        make_way: int,
+        bandwidth_kib_s: int | None,
+        aside: bool = True,
+        dense_up_to_bytes: int | None = None,
+    ) -> list[str]:
         """Copies what differs and deletes nothing.
 
         Except with `make_way` above 0: then folders may be emptied, of so many things at most,
@@ -109,13 +119,15 @@ class Course:
         the folder `INCOMING_NAME`, and how far it is is told; else they are received beside their
         places under rsync's own temporary names (a sixth faster with small files), and nothing is
         told (a line for each file: as much as this process, at its priority, can read).
+        With `dense_up_to_bytes` no holes are looked for, and no file above that size is copied.
 
         No --fsync: it syncs files one by one (30,000 small ones took 66 s instead of 5), but
         neither folders nor renames, so that the pass ends with syncfs(2) all the same.
         """
         way = ("--force", f"--max-delete={make_way}") if make_way else ()
         limit = () if bandwidth_kib_s is None else (f"--bwlimit={bandwidth_kib_s}",)
-        says = (*way, *limit, *self._kept(), *self._reads())
+        holes = _HOLES if dense_up_to_bytes is None else f"--max-size={dense_up_to_bytes}"
+        says = (holes, *way, *limit, *self._kept(), *self._reads())
         scope = self._scope(self.list_path, at_once=not aside)
         if not aside:
             return self._line(*says, "--info=stats2", *scope, parts=_PARTS_IN_PLACE)

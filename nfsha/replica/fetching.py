@@ -21,25 +21,23 @@ from typing import Any, TypeVar
 from nfsha.config import Sync
 from nfsha.core.model import Epoch
 from nfsha.replica import unreplicated, volumes
+from nfsha.replica.arguments import From
 from nfsha.replica.beneath import shown
 from nfsha.replica.changed_files import ChangedQuestion
 from nfsha.replica.child import ChildError, ChildStuckError, Priority
 from nfsha.replica.clocks import Clocks
+from nfsha.replica.control import fetch_control
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.deletions import DeleteLimits
+from nfsha.replica.dense import NOTHING_DENSE, DenseError, DenseFiles, dense_name, read_dense
 from nfsha.replica.estimate import Ahead
+from nfsha.replica.exits import Verdict
 from nfsha.replica.inventory import Inventory
 from nfsha.replica.listing import Listing, names_in, read_listing
 from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore
+from nfsha.replica.passes import PassOutcome, PassRequest
 from nfsha.replica.published import ChangesError, Published
-from nfsha.replica.pull import (
-    From,
-    PassOutcome,
-    PassRequest,
-    Pull,
-    Verdict,
-    fetch_control,
-)
+from nfsha.replica.pull import Pull
 from nfsha.replica.quarantine import Entry, Quarantine, QuarantineError
 from nfsha.replica.questions import Asking
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason, Schedule
@@ -339,7 +337,8 @@ class Fetching:
         return await self._listing(sorted(self.copies), epoch, scratch)
 
     async def _listing(self, uuids: Sequence[str], epoch: Epoch, scratch: Path) -> Listing:
-        ending = await fetch_control(self._source(epoch), scratch, names_in(uuids))
+        names = [*names_in(uuids), *(dense_name(uuid) for uuid in uuids)]
+        ending = await fetch_control(self._source(epoch), scratch, names)
         if ending.verdict is Verdict.REFUSED:
             raise RefusedError(f"the source's facts cannot be had: {ending.reason}")
         if ending.verdict is not Verdict.COMPLETE:
@@ -395,6 +394,10 @@ class Fetching:
             checksum=self.careful and folders is not None,
             priority=Priority.NORMAL if self.pressing else Priority.LOW,
         )
+        if resync and here.empty:
+            dense = await asyncio.to_thread(_dense, copy.uuid, found)
+            log.info("volume %s: %d large files without holes", here.name, len(dense.files))
+            request = replace(request, dense=dense)
         if why_full:
             copy.full_walks[why_full] += 1
             log.info("volume %s: a full walk: %s", here.name, why_full)
@@ -873,6 +876,15 @@ def _mark(uuid: str, found: _Found, outcome: PassOutcome, *, full: bool) -> Mark
         changes_id=changes.journal_id if changes is not None else "",
         changes_seq=changes.last if changes is not None else 0,
     )
+
+
+def _dense(uuid: str, found: _Found) -> DenseFiles:
+    """What the source told of large files; without it their copying takes longer."""
+    try:
+        return read_dense(found.scratch / dense_name(uuid))
+    except (DenseError, OSError) as error:
+        log.warning("volume %s: the source's list of large files: %s", found.here.name, error)
+        return NOTHING_DENSE
 
 
 def _fresh_folder(path: Path) -> None:

@@ -145,15 +145,18 @@ class ProgressReader:
 
     `total_bytes` is what a plan said will be copied; without a plan rsync's own percentage is
     used, once it knows the whole list. Times are milliseconds of one clock that the caller reads.
+    `done_bytes` were there before, and count.
     """
 
-    def __init__(self, stage: Stage, total_bytes: int | None, now_ms: int) -> None:
-        self.last = Progress(stage, total_bytes=total_bytes)
+    def __init__(
+        self, stage: Stage, total_bytes: int | None, now_ms: int, done_bytes: int = 0
+    ) -> None:
+        self.last = Progress(stage, bytes=done_bytes, total_bytes=total_bytes)
         self.rest = Tail()
         """What is no progress: the counts, and rsync's remarks."""
         self._next_ms = now_ms
         self._listed = False
-        self._samples: deque[tuple[int, int]] = deque([(now_ms, 0)])
+        self._samples: deque[tuple[int, int]] = deque([(now_ms, done_bytes)])
 
     def take(self, line: bytes, now_ms: int) -> Progress | None:
         """Takes one line, without its end; gives news, or None when there is none that is due."""

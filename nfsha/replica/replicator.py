@@ -20,6 +20,7 @@ from nfsha.config import IPAddress, Settings
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
 from nfsha.replica import exchange, forgetting, rsync_version, volumes
+from nfsha.replica.arguments import From
 from nfsha.replica.child import end_leftovers
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
@@ -29,7 +30,6 @@ from nfsha.replica.fetching import Fetching
 from nfsha.replica.forgetting import NotForgottenError
 from nfsha.replica.inventory import Inventory, Pair
 from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
-from nfsha.replica.pull import From
 from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
 from nfsha.replica.questions import Answering
 from nfsha.replica.receiving import MAX_FAILURES, Receiving

@@ -24,6 +24,7 @@ from nfsha.replica import volumes
 from nfsha.replica.changes import COLLECT_EVERY_MS, ChangeJournal
 from nfsha.replica.child import ChildStuckError
 from nfsha.replica.clocks import Clocks
+from nfsha.replica.dense_lists import DenseLists
 from nfsha.replica.durable import names_after, write_durably
 from nfsha.replica.fresh import FRESH_WITHIN_S, Coalesced, NotFreshError
 from nfsha.replica.inventory import Inventory
@@ -85,6 +86,7 @@ class Serving:
         self.fresh = Coalesced(self._publish)
         """Publishes anew: what changed before it is called is in. Raises NotFreshError."""
         source.fresh = self.fresh
+        self._dense = DenseLists(source.public, clocks.now_ms)
         self.epoch: Epoch | None = None
         self.troubles: dict[str, str] = {}
         """What keeps a volume from being offered, by its name."""
@@ -108,10 +110,11 @@ class Serving:
 
     async def _end(self) -> None:
         self.epoch = None
-        try:
-            await self.source.stop()
-        except ChildStuckError as error:
-            log.error("the source's rsync daemon cannot be ended: %s", error)
+        for end in (self.source.stop, self._dense.end):
+            try:
+                await end()
+            except ChildStuckError as error:
+                log.error("what reads for the other node cannot be ended: %s", error)
         for uuid in tuple(self.journals):
             self._end_journal(uuid)
         self._offered.clear()
@@ -237,9 +240,19 @@ class Serving:
         try:
             for uuid in names_after(public, changes_name("")) - self.journals.keys():
                 (public / changes_name(uuid)).unlink(missing_ok=True)
+            await self._dense.publish(self._not_copied_yet(epoch))
             await asyncio.to_thread(write_durably, public / FACTS_NAME, data)
         except OSError as error:
             raise NotFreshError(f"cannot write into {public}: {error.strerror}") from error
+
+    def _not_copied_yet(self, epoch: Epoch) -> dict[str, VolumeFacts]:
+        """What is offered, and has an empty filesystem waiting for it on the other node."""
+        waiting = {
+            pair.uuid
+            for pair in self._inventory.pairs()
+            if pair.there is not None and pair.there.empty and pair.there.stamp != epoch
+        }
+        return {uuid: one for uuid, one in self._offered.items() if uuid in waiting}
 
     async def come_to_rest(self) -> str:
         """Puts all on the disk, and waits until nothing writes. Returns why it cannot, or "".

@@ -20,7 +20,9 @@ from typing import Any, Self
 
 from nfsha.replica.arguments import From
 from nfsha.replica.deletions import DeleteLimits
-from nfsha.replica.pull import PassOutcome, PassRequest, Progress, Pull
+from nfsha.replica.passes import PassOutcome, PassRequest
+from nfsha.replica.progress import Progress
+from nfsha.replica.pull import Pull
 from tests.netns.volumekit import LoopVolume
 
 _UP_WITHIN_S = 5.0

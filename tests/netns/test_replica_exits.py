@@ -20,8 +20,9 @@ import pytest
 
 from nfsha.replica.arguments import From
 from nfsha.replica.exits import Verdict
+from nfsha.replica.passes import PassOutcome
 from nfsha.replica.progress import Progress, Stage
-from nfsha.replica.pull import PassOutcome, Pull
+from nfsha.replica.pull import Pull
 from tests.netns.pullkit import (
     UUID,
     Login,
@@ -85,7 +86,7 @@ def visible(target: Path) -> list[str]:
 async def when_copying(one: Pull) -> int:
     """Waits until the copy runs, and gives rsync's pid."""
     for _ in range(500):
-        child = one._child
+        child = one._runner._child
         if child is not None and child.name.startswith("copy-"):
             await asyncio.sleep(0.5)
             return child.pid
@@ -448,7 +449,7 @@ def test_ended_by_us_nothing_is_left(daemon: PlainSource, places: tuple[Path, Pa
     took: list[float] = []
 
     async def end(one: Pull) -> None:
-        child = one._child
+        child = one._runner._child
         assert child is not None
         pids = child.pids()
         assert len(pids) >= 2
