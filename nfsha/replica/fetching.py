@@ -265,7 +265,8 @@ class Fetching:
 
     async def _ordinary_or_full(self, copy: Copy, epoch: Epoch, reason: Reason) -> None:
         mark = self._store.own.get(copy.uuid)
-        if reason.kind is Kind.FULL and mark is not None and mark.epoch == epoch:
+        known = mark is not None and mark.epoch == epoch
+        if reason.kind is Kind.FULL and known and not self.careful:
             # First what the journal names, so that the walk shows what it did not name.
             await self._pass(copy, epoch, Reason(reason.cause))
             if copy.state is not State.IDLE:
@@ -412,7 +413,7 @@ class Fetching:
             self._not_completed(copy, outcome)
             return
         done = _mark(copy.uuid, found, outcome, full=folders is None)
-        if reason.kind is Kind.FULL and not resync:
+        if reason.kind is Kind.FULL and not resync and not self.careful:
             copy.missed_by_journal += await self._missed(copy, found, outcome)
         copy.folders = folders
         await self._completed(copy, here, done)
@@ -746,7 +747,8 @@ class Fetching:
         With `names` only these, as fast as it goes.
         """
         began_ms = self._clocks.now_ms()
-        await self._pass(copy, epoch, Reason(Cause.SCHEDULE))
+        if names is None:
+            await self._pass(copy, epoch, Reason(Cause.SCHEDULE))
         mark = self._store.own.get(copy.uuid)
         if copy.state is not State.IDLE or mark is None:
             return

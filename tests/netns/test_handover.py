@@ -89,9 +89,8 @@ def assert_one_at_a_time(copies: Copies, moves: int) -> None:
     assert changes == moves, seen.render(VIP, 0)
 
 
-def on_disk(file: Path) -> set[int]:
-    """The numbers of the records in a file."""
-    content = file.read_bytes()
+def numbers_in(content: bytes) -> set[int]:
+    """The numbers of the records in what a file holds, counted from its begin."""
     return {
         number
         for number in range(len(content) // RECORD_BYTES)
@@ -193,7 +192,7 @@ def test_home_again_after_a_crash_and_what_was_never_replicated_is_kept(lab: Lab
     kept = set[int]()
     quarantine = copies.here("a") / ".nfsha-quarantine"
     for file in quarantine.rglob("records"):
-        kept |= on_disk(file)
+        kept |= numbers_in(file.read_bytes())
     before = {one.number for one in found.attempts if one.error is None and one.sent_ns < cut_ns}
     assert before - replicated - served, "the primary acknowledged nothing after the last pass"
     assert before - served <= kept
