@@ -1,9 +1,9 @@
 """What each node tells the other of itself before a move: its NFS service, and what must be equal.
 
-Every node looks at itself each `LOOK_EVERY_S`, and at once when the other one asks; the facts
-travel in pages of their own (`nfsha.peer.pages`). A question is a number that is told with one's
-own facts; facts that answer it bear that number, and were looked up after it was asked. So nobody
-need trust that what is old still holds. Nothing here judges: `handover_guards` does.
+Every node looks at itself each `LOOK_EVERY_S`, and at once when the other one asks; the facts, and
+the questions, travel in pages of their own (`nfsha.peer.pages`). A question is a number; facts that
+answer it bear that number, and were looked up after it was asked. So nobody need trust that what is
+old still holds. Nothing here judges: `node_guards` does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -52,6 +53,7 @@ RPC_TIMEOUT_MS: Final = 2000
 
 _FORMAT: Final = 1
 _NUMBER_MAX: Final = (1 << 63) - 1
+_DIGITS_MAX: Final = 19
 _VIPS_MAX: Final = 64
 _SENTENCES_MAX: Final = 4096
 SETTINGS: Final = ("vip", "nfs.root", "replication", "firewall.ports")
@@ -67,7 +69,6 @@ class Told:
     `copied_ns`, when the oldest of the last complete passes into it began, by the source's clock.
     """
 
-    asks: int
     answers: int
     version: str
     key: str
@@ -135,18 +136,12 @@ class NfsFacts:
         self._eyes = eyes
         self._sessions = (0, 0)
         self._peer_heard = False
-        self._pages = Pages(
-            partial(wire.seal_page, kind=PageKind.NFS),
-            links.send_page,
-            lambda: self._sessions,
-            clock_ms,
-            self._arrived,
-        )
-        links.route_pages(
-            partial(wire.open_page, kind=PageKind.NFS), self._pages.received, PageKind.NFS
-        )
+        self._pages = self._pages_of(PageKind.NFS, wire, links, self._arrived)
+        self._questions = self._pages_of(PageKind.QUESTIONS, wire, links, self._asked)
         self._looker = Looker(_where(settings))
         self._own: Told | None = None
+        self._own_asks = 0
+        """The question of this node that its own facts are younger than."""
         self._came: _Came | None = None
         self.refused = ""
         """Why the last facts that came were not taken; "" when they were."""
@@ -156,6 +151,19 @@ class NfsFacts:
         self._bell = asyncio.Event()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    def _pages_of(
+        self, kind: PageKind, wire: Wire, links: Links, arrived: Callable[[bytes], None]
+    ) -> Pages:
+        made = Pages(
+            partial(wire.seal_page, kind=kind),
+            links.send_page,
+            lambda: self._sessions,
+            self._clock_ms,
+            arrived,
+        )
+        links.route_pages(partial(wire.open_page, kind=kind), made.received, kind)
+        return made
 
     # ------------------------------------------------------------- life
 
@@ -177,6 +185,7 @@ class NfsFacts:
 
     def tick(self) -> None:
         """With each heartbeat: pages go out while the other node lacks them."""
+        self._questions.tick()
         self._pages.tick()
 
     # ------------------------------------------------------------- what is known
@@ -192,8 +201,7 @@ class NfsFacts:
         came = self._came
         if came is None:
             return None
-        answer = 0 < self._asks <= came.told.answers
-        answer = answer and came.told.seen is not None
+        answer = came.told.answers == self._asks != 0 and came.told.seen is not None
         return Heard(came.told, came.at_ms, came.wall_ns, answer, self._asked_wall_ns)
 
     async def ask(self) -> None:
@@ -202,19 +210,21 @@ class NfsFacts:
         It does not wait for a node that is not heard when it is asked.
         What did not come is as old as it was: `heard.answer` says so.
         """
-        self._asks = asks = max(self._asks + 1, self._clock_ms())
+        self._asks = secrets.randbits(62) + 1  # never that of a former life of this node
         self._asked_wall_ns = time.time_ns()
         alone = not self._peer_heard
+        self._questions.publish(str(self._asks).encode())
         self._bell.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER_WITHIN_S):
-                while not self._settled(asks, alone=alone):
+                while not self._settled(alone=alone):
                     await self._news.wait()
 
-    def _settled(self, asks: int, *, alone: bool) -> bool:
-        own, came = self._own, self._came
-        here = own is not None and own.asks >= asks
-        return here and (alone or (came is not None and came.told.answers >= asks))
+    def _settled(self, *, alone: bool) -> bool:
+        """By the newest question: who asked before it waits for its answer, too."""
+        came = self._came
+        there = alone or (came is not None and came.told.answers == self._asks)
+        return there and self._own_asks == self._asks
 
     def _tell_waiters(self) -> None:
         self._news.set()
@@ -223,22 +233,19 @@ class NfsFacts:
     # ------------------------------------------------------------- looking
 
     async def _run(self) -> None:
-        asked = answered = 0
+        before = (0, 0)
         while True:
             self._bell.clear()
-            asks, answers = self._asks, self._answers
-            if asks != asked and self._own is not None:
-                # At once, so that the other node looks while this one does.
-                await self._publish(replace(self._own, asks=asks))
-            self._own = await self._look(asks, answers, whole=(asks, answers) != (asked, answered))
-            asked, answered = asks, answers
+            asked = asks, answers = self._asks, self._answers
+            self._own = await self._look(answers, whole=asked != before)
+            before, self._own_asks = asked, asks
             self._tell_waiters()
             await self._publish(self._own)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._bell.wait()
 
-    async def _look(self, asks: int, answers: int, *, whole: bool) -> Told:
+    async def _look(self, answers: int, *, whole: bool) -> Told:
         """`whole`: somebody asked, so what costs a little more is looked at, too."""
         settings = self._settings
         await self._look_at_volumes()
@@ -252,7 +259,6 @@ class NfsFacts:
         hindrances = replicator.hindrances() if replicator is not None else []
         copied_ns = replicator.copied_ns() if replicator is not None else 0
         return Told(
-            asks=asks,
             answers=answers,
             version=__version__,
             key=self._key,
@@ -326,10 +332,15 @@ class NfsFacts:
             return  # the threads that read them do not keep their order
         self.refused = ""
         self._came = _Came(told, at_ms, wall_ns)
-        if told.asks not in (0, self._answers):
-            self._answers = told.asks
-            self._bell.set()
         self._tell_waiters()
+
+    def _asked(self, blob: bytes) -> None:
+        """The other node asks. It has our key: what is no number is a mistake of its program."""
+        if not blob.isdigit() or len(blob) > _DIGITS_MAX:
+            log.warning("the other node asks with %r, which is no number", blob[:40])
+            return
+        self._answers = int(blob)
+        self._bell.set()
 
 
 def _where(settings: Settings) -> Where:
@@ -376,7 +387,6 @@ def as_json(told: Told) -> Document:
     """Returns the facts as JSON can carry them to the other node."""
     return {
         "nfsha_nfs": _FORMAT,
-        "asks": told.asks,
         "answers": told.answers,
         "version": told.version,
         "key": told.key,
@@ -399,7 +409,6 @@ def from_json(document: object) -> Told:
     if fields.number("nfsha_nfs", _NUMBER_MAX) != _FORMAT:
         raise FactsError("facts of a node in the format of another version of nfsha")
     return Told(
-        asks=fields.number("asks", _NUMBER_MAX),
         answers=fields.number("answers", _NUMBER_MAX),
         version=fields.text("version"),
         key=fields.text("key"),

@@ -17,7 +17,8 @@ one encoding: what is absent is all zeros, and unknown bits are refused.
 
 The kind is the upper half of the role's byte: 0 for a heartbeat, 1 for a page of facts, 2 for a
 page of client connections, 3 for a page of lock holders, 4 for a page of facts about the NFS
-service. An nfsha that does not know a kind takes such a byte for an unknown role, and refuses it.
+service, 5 for the question for them. An nfsha that does not know a kind takes such a byte for an
+unknown role, and refuses it.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class PageKind(IntEnum):
     CLIENTS = 2
     LOCKS = 3
     NFS = 4
+    QUESTIONS = 5
 
 
 _PAGE_KINDS = {int(kind): kind for kind in PageKind}

@@ -403,6 +403,22 @@ class Moving(threading.Thread):
         return self.asked
 
 
+@contextmanager
+def hanging(copies: Copies, node: str) -> Iterator[None]:
+    """The node's rsync daemon does not answer."""
+    daemon = psutil.Process(copies.daemon(node).pid)
+    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
+    assert stopped
+    for one in stopped:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in stopped:
+            if one.is_running():
+                one.resume()
+
+
 def turns(copies: Copies) -> tuple[str, str, str]:
     """Who serves, who waits, and the command that changes that."""
     giver, receiver = ("a", "b") if copies.phase("a") == "ACTIVE" else ("b", "a")
@@ -429,22 +445,36 @@ def test_while_a_pass_runs(copies: Copies, kind: str) -> None:
     """The pass is ended: one that hangs, or takes hours, holds no move up."""
     giver, receiver, command = turns(copies)
     copies.wait(lambda: copies.copy(receiver)["state"] == "idle", "rest")
-    daemon = psutil.Process(copies.daemon(giver).pid)
-    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
-    for one in stopped:
-        one.suspend()
-    try:
+    with hanging(copies, giver):
         copies.lab.node(receiver).nfsha("sync", kind)
         copies.wait(lambda: copies.copy(receiver)["state"] == "running", "pass under way")
         since_ms = copies.now_ms()
         moving = Moving(copies, receiver, command)
         copies.wait_phase(receiver, "PRESYNC", since_ms=since_ms)
-    finally:
-        for one in stopped:
-            one.resume()
     assert moving.ended().code == 0, moving.asked.answer
     copies.wait_phase(giver, "PASSIVE", since_ms=since_ms)
     assert copies.differences() == []
+
+
+# ------------------------------------------------------------------ the proof before it opens
+
+
+def test_v4_switched_on_while_the_service_moves_rolls_it_back(lab: Lab) -> None:
+    # The check of each second would see it too; here it comes too late.
+    copies = Copies(lab, sync='check_every = "60s"\n' + SYNC)
+    copies.settle_whole()
+    moving = Moving(copies, "b", "switchover")
+    copies.wait_phase("a", "FREEZING", within_s=20)
+    with hanging(copies, "a"):
+        copies.wait_phase("b", "FINAL_SYNC")
+        lab.b.nfs.stop()
+        lab.b.nfs.start("3,4")
+        freed_ms = copies.now_ms()
+    assert moving.ended().code == 4, moving.asked.answer
+    copies.wait_phase("a", "ACTIVE", since_ms=freed_ms)
+    (ended,) = (one for one in copies.events("b") if one.row == "Z30")
+    assert "NFS v4 at 127.0.0.1 is not refused (answered): switch it off" in ended.detail
+    copies.assert_never_two()
 
 
 # ------------------------------------------------------------------ a copy of blocks

@@ -47,7 +47,6 @@ def served(role: Role) -> Served:
 def told(role: Role) -> Told:
     giver = role is Role.PRIMARY
     return Told(
-        asks=5,
         answers=5,
         version="0.1.0",
         key="1122aabb",

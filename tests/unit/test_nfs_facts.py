@@ -37,7 +37,6 @@ HANDLES = HandleFacts("data", (Handle(".nfsha-volume", "08", 17), Handle("web\ud
 STRAY = Stray("10.0.0.5", "10.0.0.1", 2049)
 SERVED = Served(FENCE, EXPORTS, V4, (STRAY,), 70, "", (HANDLES,))
 TOLD = Told(
-    asks=5,
     answers=7,
     version="0.1.0",
     key="1122aabb",
