@@ -64,6 +64,7 @@ class Stepped(Copies):
         self._told = dict.fromkeys(ROLES, 0)
         self._since_ns = 0
         self._receives = "b"
+        self._plan = ""
         self._answer = ""
         self._asking: threading.Thread | None = None
         self._excused: set[int] = set()
@@ -72,6 +73,7 @@ class Stepped(Copies):
         self.settle_whole()
         self._writer = self.lab.write_records(interval_ms=50, cap_s=90)
         self._writer.wait_acked(5)
+        self.wait_at_rest()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -132,20 +134,22 @@ class Stepped(Copies):
     # -------------------------------------------------------------- at rest
 
     def at_rest(self) -> bool:
-        """One node serves, the other is a whole replica, and a move would be possible."""
+        """One node serves, the other is a whole replica, and a move would be possible.
+
+        Keeps the id of the plan that an operator would approve.
+        """
         found = {name: self.status(name) for name in ROLES}
         phases = {name: one.get("phase") for name, one in found.items()}
         if sorted(map(str, phases.values())) != ["ACTIVE", "PASSIVE"]:
             return False
         receiver = next(name for name, phase in phases.items() if phase == "PASSIVE")
+        giver = next(name for name in ROLES if name != receiver)
         try:
-            plans = [self.ask(name, "handover-plan", to=ROLES[receiver]) for name in ROLES]
+            plan = self.ask(giver, "handover-plan", to=ROLES[receiver])
         except (ControlError, CommandError):
             return False
-        if not all(plan["ok"] for plan in plans):
-            return False
-        self.receiver = receiver
-        return True
+        self.receiver, self._plan = receiver, plan["plan"]
+        return bool(plan["ok"])
 
     def wait_at_rest(self) -> None:
         """Waits for that. Raises LabError with what both nodes say instead."""
@@ -208,9 +212,14 @@ class Stepped(Copies):
         deadline = time.monotonic() + within_s
         while True:
             try:
-                answer = str(self.ask(self.giver, "handover", to=ROLES[self.receiver]))
-                if "'ok': True" in answer:
-                    return
+                to = ROLES[self.receiver]
+                plan = self.ask(self.giver, "handover-plan", to=to)
+                answer = str(plan["guards"])
+                if plan["ok"]:
+                    asked = self.ask(self.giver, "handover", to=to, plan=plan["plan"])
+                    answer = str(asked)
+                    if asked["ok"]:
+                        return
             except (ControlError, CommandError) as error:
                 answer = str(error)
             if time.monotonic() > deadline:
@@ -249,17 +258,26 @@ class Stepped(Copies):
 
     def _ask_for_a_move(self) -> None:
         """Beside the test: the daemon that is asked may stand still, or be killed, first."""
-        giver, to = self.giver, ROLES[self.receiver]
+        giver, to, plan = self.giver, ROLES[self.receiver], self._plan
 
         def ask() -> None:
             try:
-                self._answer = str(self.ask(giver, "handover", to=to))
+                self._answer = str(self._approve(giver, to, plan))
             except (ControlError, CommandError) as error:
                 self._answer = str(error)
 
         self._answer = "no answer"
         self._asking = threading.Thread(target=ask)
         self._asking.start()
+
+    def _approve(self, giver: str, to: str, plan: str) -> dict[str, Any]:
+        """As the operator that was shown this plan; one that has changed since, but holds, anew."""
+        try:
+            return self.ask(giver, "handover", to=to, plan=plan)
+        except CommandError as error:
+            if not error.details.get("ok"):
+                raise
+            return self.ask(giver, "handover", to=to, plan=str(error.details["plan"]))
 
     def _abort_and_want(self, boundary: Boundary) -> None:
         """Moves as far as the proof, and aborts there; then this boundary is to be stopped at."""
