@@ -80,7 +80,8 @@ def _volume(one: Facts) -> Iterator[str]:
         yield from labelled(f"  {name}", f"not known: {one['trouble']}")
         return
     how = f"all was walked: {one['why_full']}" if one["walk"] == "full" else "by the change journal"
-    yield from labelled(f"  {name}", f"{_amounts(one)} ({how})")
+    note = f"; {one['note']}" if one["note"] else ""
+    yield from labelled(f"  {name}", f"{_amounts(one)} ({how}{note})")
     for put_aside in one["names"]:
         yield printable(f"    to quarantine: {put_aside}")
     more = one["quarantine"] - len(one["names"])

@@ -74,7 +74,7 @@ class Plans:
     def plan(self, to: Role, numbers: Facts | None = None) -> Facts:
         """All guards, with the id of the plan; with the numbers what they forbid, too."""
         plan = self._answers.plan(to)
-        guards = [*plan["guards"], *self._deletions(to, numbers)]
+        guards = [*plan["guards"], *self._deletions(to, numbers), *_room(numbers)]
         basis = self._basis(to, guards)
         number = _id(basis)
         self._shown[number] = basis
@@ -242,6 +242,15 @@ class Plans:
     async def _answer(self, number: str, all_names: bool) -> None:
         async for one in self._own(all_names):
             self._replication.say(TOLD, {"id": number, **one})
+
+
+def _room(numbers: Facts | None) -> list[Facts]:
+    """The guard of the room for what a resync brings and keeps; only a look at all can tell."""
+    if numbers is None:
+        return []
+    lacking = [f"volume {one['name']}: {one['lacking']}" for one in numbers["volumes"]]
+    words = "; ".join(one for one in lacking if not one.endswith(": "))
+    return [{"name": "room", "ok": not words, "found": words or "enough for what would come"}]
 
 
 def _numbers(replicator: Replicator, looks: Estimate, all_names: bool) -> Facts:

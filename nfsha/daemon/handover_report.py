@@ -78,6 +78,7 @@ class Moves:
         self._lock = asyncio.Lock()
         self._told_ms = 0
         self._telling = False
+        self._round = (0, "")
         self._progress: Facts | None = None
         self._waiting: dict[str, int] = {}
         """Reports of which the log does not know yet, and until when they wait to be whole."""
@@ -119,14 +120,17 @@ class Moves:
         self._by_operator = True
 
     def _tell(self, now_ms: int) -> None:
-        if self._telling and now_ms - self._told_ms < TELL_EVERY_MS:
-            return
-        self._telling, self._told_ms = True, now_ms
         replicator = self._replication.replicator
-        if replicator is not None:
-            running = [copy.progress for copy in replicator.fetching.copies.values()]
-            self._progress = progress(replicator.receiving, running)
-            self._replication.say(MOVE, self._progress)
+        if replicator is None:
+            return
+        counted = replicator.receiving.tally
+        made = (len(counted.rounds), counted.running)
+        if made == self._round and now_ms - self._told_ms < TELL_EVERY_MS:
+            return
+        self._telling, self._told_ms, self._round = True, now_ms, made
+        running = [copy.progress for copy in replicator.fetching.copies.values()]
+        self._progress = progress(replicator.receiving, running)
+        self._replication.say(MOVE, self._progress)
 
     def progress(self, side: str | None) -> Facts | None:
         """How far the receiver's passes are, on either side; None while none is under way."""

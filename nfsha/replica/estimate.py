@@ -15,6 +15,7 @@ from typing import Any, Final
 from nfsha.replica.beneath import shown
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.marks import Mark
+from nfsha.replica.passes import Planned
 
 WITHIN_S: Final = 300
 """All looks together; what is not known by then is said so. A walk of a million files takes 16 s
@@ -54,6 +55,8 @@ SHAPE: Final[Facts] = {
             "plan": str,
             "quarantine": int,
             "names": [str],
+            "lacking": str,
+            "note": str,
             "trouble": str,
         }
     ],
@@ -83,8 +86,8 @@ class Ahead:
 
     `walk` is "folders" or "full" (`why_full`: for what reason). `deletions` counts files.
     `held`: why the deletions would wait for an operator, with the hash of their `plan`; else "".
-    `quarantine` files would be put aside; `names` are the first of them. `trouble`: why nothing is
-    known; then all else is empty.
+    `quarantine` files would be put aside; `names` are the first of them. `lacking`: what room that
+    misses. `note`: what is not known. `trouble`: why nothing is known; then all else is empty.
     """
 
     uuid: str
@@ -98,7 +101,27 @@ class Ahead:
     quarantine: int = 0
     names: tuple[bytes, ...] = ()
     took_ms: int = 0
+    lacking: str = ""
+    note: str = ""
     trouble: str = ""
+
+
+def of_volume(uuid: str, walk: str, why_full: str, planned: Planned, *, keeps: bool) -> Ahead:
+    """What was found of one volume; `keeps`: what it replaces and deletes goes to quarantine."""
+    return Ahead(
+        uuid,
+        walk=walk,
+        why_full=why_full,
+        copy_files=planned.copy_files,
+        copy_bytes=planned.copy_bytes,
+        deletions=planned.deletions,
+        held=planned.held,
+        plan=planned.plan.hash if planned.plan is not None else "",
+        quarantine=planned.replaced + planned.deletions if keeps else 0,
+        names=planned.names if keeps else (),
+        lacking=planned.lacking,
+        trouble=planned.trouble,
+    )
 
 
 @dataclass(slots=True)
@@ -192,6 +215,8 @@ def as_facts(
                 "plan": one.plan,
                 "quarantine": one.quarantine,
                 "names": room.take(one.names),
+                "lacking": one.lacking,
+                "note": one.note,
                 "trouble": one.trouble,
             }
             for one in by_name[:MAX_VOLUMES_TOLD]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from nfsha.config import Sync
 from nfsha.core.model import Epoch
-from nfsha.replica import unreplicated, volumes
+from nfsha.replica import estimate, unreplicated, volumes
 from nfsha.replica.arguments import From
 from nfsha.replica.beneath import shown
 from nfsha.replica.changed_files import ChangedQuestion
@@ -123,7 +123,7 @@ class Fetching:
         self._writes: set[asyncio.Future[Any]] = set()
         self.asking = Asking(changed)
         self._verifies: dict[str, Verify] = {}
-        self._looks: dict[str, Pull] = {}
+        self._looks: dict[str, Pull | Verify] = {}
         self.rate_bytes_s: int | None = None
         """Of the last pass that copied enough to measure it, its walk and its end included."""
         self.tally: Tally | None = None
@@ -426,17 +426,7 @@ class Fetching:
         from_ns = unreplicated.since_ns(found.here.stamp, found.epoch, told)
         if from_ns is None:
             return outcome
-        verify = Verify(
-            VerifyRequest(
-                copy.uuid,
-                found.root_fd,
-                self._source(found.epoch),
-                timeout_s=self._sync.timeout_s,
-                connect_timeout_s=self._sync.connect_timeout_s,
-            ),
-            found.scratch,
-            self._clocks.now_ms,
-        )
+        verify = self._comparison(copy.uuid, found)
         self._verifies[copy.uuid] = verify
         try:
             why = await unreplicated.settle(
@@ -445,6 +435,16 @@ class Fetching:
         finally:
             self._verifies.pop(copy.uuid, None)
         return replace(outcome, verdict=Verdict.RETRY, sentence=why) if why else outcome
+
+    def _comparison(self, uuid: str, found: _Found) -> Verify:
+        request = VerifyRequest(
+            uuid,
+            found.root_fd,
+            self._source(found.epoch),
+            timeout_s=self._sync.timeout_s,
+            connect_timeout_s=self._sync.connect_timeout_s,
+        )
+        return Verify(request, found.scratch, self._clocks.now_ms)
 
     def _is_resync(self, uuid: str, found: _Found) -> bool:
         return found.here.stamp != found.epoch or bool(self._store.taint_of(uuid))
@@ -467,26 +467,39 @@ class Fetching:
         keeps = resync and not found.here.empty
         folders, why_full = self._choose(copy, Reason(Cause.COMMAND), found, resync=resync)
         request = replace(self._request(copy, found, None), folders=folders, longest_s=longest_s)
-        if keeps:  # what it deletes goes to quarantine
-            request = replace(request, limits=replace(request.limits, files=UNLIMITED))
+        if keeps:  # what it deletes goes to quarantine, which needs room
+            limits = replace(request.limits, files=UNLIMITED)
+            request = replace(request, limits=limits, resync_backup="the quarantine")
         pull = Pull(request, found.scratch, self._clocks.now_ms)
         self._looks[copy.uuid] = pull
         try:
             planned = await pull.look()
         finally:
             self._looks.pop(copy.uuid, None)
-        return Ahead(
-            copy.uuid,
-            walk="full" if folders is None else "folders",
-            why_full=why_full,
-            copy_files=planned.copy_files,
-            copy_bytes=planned.copy_bytes,
-            deletions=planned.deletions,
-            held=planned.held,
-            plan=planned.plan.hash if planned.plan is not None else "",
-            quarantine=planned.replaced + planned.deletions if keeps else 0,
-            names=planned.names if keeps else (),
-            trouble=planned.trouble,
+        walk = "full" if folders is None else "folders"
+        ahead = estimate.of_volume(copy.uuid, walk, why_full, planned, keeps=keeps)
+        return await self._with_alike(ahead, found, longest_s) if keeps else ahead
+
+    async def _with_alike(self, ahead: Ahead, found: _Found, longest_s: int) -> Ahead:
+        """With what a resync puts aside although a walk takes it for equal."""
+        told = self._store.peer.get(ahead.uuid)
+        from_ns = unreplicated.since_ns(found.here.stamp, found.epoch, told)
+        if from_ns is None or ahead.trouble:
+            return ahead
+        verify = self._looks[ahead.uuid] = self._comparison(ahead.uuid, found)
+        try:
+            async with asyncio.timeout(longest_s):
+                alike, note = await unreplicated.look_ahead(verify, found.root_fd, from_ns)
+        except TimeoutError:
+            alike, note = (), f"contents were not compared within {longest_s} s"
+        finally:
+            self._looks.pop(ahead.uuid, None)
+        return replace(
+            ahead,
+            copy_files=ahead.copy_files + len(alike),
+            quarantine=ahead.quarantine + len(alike),
+            names=(*ahead.names, *alike),
+            note=note,
         )
 
     def _count(self, copy: Copy, outcome: PassOutcome, kept: Entry | None) -> None:

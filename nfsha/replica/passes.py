@@ -78,8 +78,8 @@ class Planned:
     """What a pass would do, by a dry run that changed nothing. `deletions` counts files.
 
     `held`: why `plan` would have to wait. `names`: the first of what would be replaced or deleted.
-    `trouble`: why nothing is known. `differ`: how many things the pass would copy, delete or set
-    right in whatever way, and `first` is the name of one.
+    `lacking`: what room a resync misses here. `trouble`: why nothing is known. `differ`: how many
+    things the pass would copy, delete or set right in whatever way; `first` is the name of one.
     """
 
     copy_files: int = 0
@@ -89,6 +89,7 @@ class Planned:
     names: tuple[bytes, ...] = ()
     plan: DeletionPlan | None = None
     held: str = ""
+    lacking: str = ""
     trouble: str = ""
     differ: int = 0
     first: bytes = b""

@@ -132,6 +132,7 @@ class Pull:
             names=(*reader.replaced_names, *gone[:MAX_REPLACED_NAMES]),
             plan=plan if plan.count else None,
             held=held,
+            lacking=await asyncio.to_thread(self._lacking, run.stats),
             differ=reader.items,
             first=reader.first,
         )

@@ -37,6 +37,20 @@ def since_ns(stamp: Epoch | None, epoch: Epoch, told: Mark | None) -> int | None
     return told.started_ns
 
 
+async def look_ahead(verify: Verify, root_fd: int, from_ns: int) -> tuple[tuple[bytes, ...], str]:
+    """What `settle` would put aside now, and what is not known of that, in words. Changes nothing.
+
+    Not where too many files were written to be named: all of them would have to be read.
+    """
+    changed = await asyncio.to_thread(changed_since, root_fd, from_ns)
+    if changed.more:
+        return (), "too many files were written here to compare the contents of those alike"
+    found = await verify.look_at(changed.names, _turn)
+    if found.verdict is not Verdict.COMPLETE:
+        return found.suspects, f"not all contents could be compared: {found.sentence}"
+    return found.suspects, "more files have other contents" if found.more else ""
+
+
 async def settle(
     verify: Verify, root_fd: int, quarantine: Quarantine, entry: Entry, from_ns: int
 ) -> str:

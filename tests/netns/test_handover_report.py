@@ -194,9 +194,12 @@ def test_what_goes_to_quarantine_is_named_before(lab: Lab) -> None:
     copies = Copies(lab, sync=BY_HAND + 'resync = "on-failback"\n')
     copies.settle_whole()
     here = copies.here("a")
-    for name in ("both", "same"):
+    for name in ("alike", "both", "same"):
         (here / name).write_bytes(b"before")
     copies.sync()
+    facts = (here / "alike").stat()
+    (here / "alike").write_bytes(b"beside")
+    os.utime(here / "alike", ns=(facts.st_atime_ns, facts.st_mtime_ns))
     (here / "both").write_bytes(b"never replicated")
     (here / "only-here").write_bytes(b"never replicated")
     copies.lab.power_cut("a")
@@ -214,13 +217,13 @@ def test_what_goes_to_quarantine_is_named_before(lab: Lab) -> None:
     for plan in plans:
         volume = plan["numbers"]["volumes"][0]
         assert volume["walk"] == "full"
-        assert sorted(volume["names"]) == ["both", "only-here"]
-        assert plan["numbers"]["sum"]["quarantine"] == 2
-        assert plan["numbers"]["sum"]["copy_files"] == 2
+        assert sorted(volume["names"]) == ["alike", "both", "only-here"]
+        assert plan["numbers"]["sum"]["quarantine"] == 3
+        assert plan["numbers"]["sum"]["copy_files"] == 3
     done = copies.lab.b.nfsha("failback", "--yes", check=False, timeout_s=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "PRESYNC" in done.stdout
-    assert "2 in quarantine" in done.stdout
+    assert "pass 1 (full walk)" in done.stdout  # as the receiver told it
+    assert "3 in quarantine" in done.stdout
     kept = [path.name for path in (copies.here("a") / ".nfsha-quarantine").rglob("tree/*")]
-    assert sorted(kept) == ["both", "only-here"]
-    assert report_of(copies, "a")["receiver"]["volumes"][0]["quarantined"] == 2
+    assert sorted(kept) == ["alike", "both", "only-here"]
+    assert report_of(copies, "a")["receiver"]["volumes"][0]["quarantined"] == 3
