@@ -135,9 +135,8 @@ def progress(move: Facts) -> str:
     parts = []
     if now.get("round"):
         what = _ROUNDS.get(str(now.get("what")), str(now.get("what")))
-        parts.append(f"pass {now['round']} ({printable(what)})")
-    if now.get("volumes"):
-        parts.append(f"{now.get('volumes_done', 0)} of {count(now['volumes'], 'volume')}")
+        volumes = count(now.get("volumes", 0), "volume")
+        parts.append(f"pass {now['round']} of {volumes} ({printable(what)})")
     if now.get("bytes"):
         total = f" of {size(now['total_bytes'])}" if now.get("total_bytes") else ""
         parts.append(f"{size(now['bytes'])}{total}")

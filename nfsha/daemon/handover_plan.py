@@ -45,7 +45,7 @@ TOLD: Final = "numbers"
 """In the facts that the nodes tell each other: a question, and its answer."""
 
 _WORDS: Final = {
-    "to": "where the service moves",
+    "to": "the target",
     "epoch": "the epoch",
     "volumes": "the volumes",
     "resync": "the volumes whose files may go to quarantine",
@@ -280,7 +280,7 @@ def _id(basis: Facts) -> str:
 def _changes(before: Facts, now: Facts) -> str:
     """In what one plan is another than the one before, in words."""
     return "; ".join(
-        f"{words} were {_said(before[key])}, are {_said(now[key])}"
+        f"{words}: before {_said(before[key])}, now {_said(now[key])}"
         for key, words in _WORDS.items()
         if before[key] != now[key]
     )

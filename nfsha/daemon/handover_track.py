@@ -114,9 +114,7 @@ class Tracker:
             self._course = _begun(state, now_ms, wall_ns)
             return None
         course.step(state.phase, now_ms)
-        part = _received(course, state, now_ms)
-        if course.side == "giver":
-            part = _given(course, state, now_ms)
+        part = (_given if course.side == "giver" else _received)(course, state, now_ms)
         if part is not None:
             self._course = None
         return part

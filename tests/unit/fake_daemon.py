@@ -46,7 +46,9 @@ class Daemon:
     async def _serve(self) -> None:
         self._end = asyncio.Event()
         server = control.ControlServer(
-            self.path, self._answer, streams=dict.fromkeys(("follow", "sync-wait"), self._follow)
+            self.path,
+            self._answer,
+            streams=dict.fromkeys(("follow", "sync-wait", "handover-numbers"), self._follow),
         )
         await server.start()
         self._ready.set()
