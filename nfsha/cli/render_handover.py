@@ -79,7 +79,7 @@ def _volume(one: Facts) -> Iterator[str]:
     if one["trouble"]:
         yield from labelled(f"  {name}", f"not known: {one['trouble']}")
         return
-    how = f"all was walked: {one['why_full']}" if one["walk"] == "full" else "by the change journal"
+    how = f"all was walked: {one['why_full']}" if one["walk"] == "full" else "by its change journal"
     note = f"; {one['note']}" if one["note"] else ""
     yield from labelled(f"  {name}", f"{_amounts(one)} ({how}{note})")
     for put_aside in one["names"]:

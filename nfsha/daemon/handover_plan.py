@@ -170,6 +170,7 @@ class Plans:
                 yield {"progress": one}
                 continue
             await self.look()
+            await self.look()  # the look at all volumes may have taken long
             yield {"done": True, "plan": self.plan(to, one["numbers"]), **one}
 
     async def _own(self, all_names: bool) -> AsyncGenerator[Facts, None]:
@@ -255,7 +256,7 @@ def _room(numbers: Facts | None) -> list[Facts]:
 
 def _numbers(replicator: Replicator, looks: Estimate, all_names: bool) -> Facts:
     stall = estimate.stall(
-        looks.found.values(),
+        looks,
         replicator.store.own,
         rate_bytes_s=replicator.fetching.rate_bytes_s,
         parallel=replicator.parallel,

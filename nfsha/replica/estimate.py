@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from nfsha.replica.beneath import shown
 from nfsha.replica.clocks import Clocks
+from nfsha.replica.listing import Listing
 from nfsha.replica.marks import Mark
 from nfsha.replica.passes import Planned
 
@@ -33,8 +34,8 @@ FREEZE_MS: Final = 200
 """What a freeze takes beside the last pass and the proof: the giver's quiet (two looks, 50 ms
 apart), two writes into journals and three heartbeats that are sent at once."""
 
-QUICK_MS: Final = 150
-"""A look at a few folders, where none was measured (docs/replication.md: 0.13 s)."""
+QUICK_MS: Final = 130
+"""A look at a few folders, where none was measured (docs/replication.md)."""
 
 TURNS: Final = 2
 """The last pass, and its proof: each looks at the same folders."""
@@ -84,7 +85,8 @@ SHAPE: Final[Facts] = {
 class Ahead:
     """What a pass of one volume would do now.
 
-    `walk` is "folders" or "full" (`why_full`: for what reason). `deletions` counts files.
+    `walk` is "none" where the change journal named nothing, "folders", or "full" (`why_full`: for
+    what reason). `deletions` counts files.
     `held`: why the deletions would wait for an operator, with the hash of their `plan`; else "".
     `quarantine` files would be put aside; `names` are the first of them. `lacking`: what room that
     misses. `note`: what is not known. `trouble`: why nothing is known; then all else is empty.
@@ -131,6 +133,8 @@ class Estimate:
     total: int
     began_ms: int
     found: dict[str, Ahead] = field(default_factory=dict)
+    listing_ms: int = 0
+    """What it took to fetch what the source publishes of all volumes."""
     took_ms: int | None = None
     """None while it runs."""
 
@@ -140,13 +144,18 @@ class Estimating:
 
     def __init__(
         self,
-        look: Callable[[str, int], Awaitable[Ahead]],
+        listing: Callable[[], Awaitable[Listing | str]],
+        look: Callable[[str, Listing, int], Awaitable[Ahead]],
         *,
         parallel: int,
         clocks: Clocks,
         watch: Callable[[asyncio.Task[None]], None],
     ) -> None:
-        """`look`: at the volume of this identity, within so many seconds; tells its own trouble."""
+        """`listing`: what the source publishes, or why it cannot be had.
+
+        `look`: at the volume of this identity, within so many seconds; tells its own trouble.
+        """
+        self._listing = listing
         self._look = look
         self._parallel = parallel
         self._clocks = clocks
@@ -171,6 +180,15 @@ class Estimating:
             await asyncio.wait([self._task])
 
     async def _run(self, estimate: Estimate, wanted: Sequence[str]) -> None:
+        listing = await self._listing()
+        estimate.listing_ms = self._clocks.now_ms() - estimate.began_ms
+        if isinstance(listing, str):
+            estimate.found = {uuid: Ahead(uuid, trouble=listing) for uuid in wanted}
+        else:
+            await self._look_at(estimate, wanted, listing)
+        estimate.took_ms = self._clocks.now_ms() - estimate.began_ms
+
+    async def _look_at(self, estimate: Estimate, wanted: Sequence[str], listing: Listing) -> None:
         lanes = asyncio.Semaphore(self._parallel)
 
         async def one(uuid: str) -> None:
@@ -179,15 +197,12 @@ class Estimating:
                 if left_ms < 1000:
                     found = Ahead(uuid, trouble=f"not looked at within {WITHIN_S} s")
                 else:
-                    found = await self._look(uuid, left_ms // 1000)
+                    found = await self._look(uuid, listing, left_ms // 1000)
                 estimate.found[uuid] = found
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for uuid in wanted:
-                    group.create_task(one(uuid))
-        finally:
-            estimate.took_ms = self._clocks.now_ms() - estimate.began_ms
+        async with asyncio.TaskGroup() as group:
+            for uuid in wanted:
+                group.create_task(one(uuid))
 
 
 def as_facts(
@@ -255,7 +270,7 @@ class _Room:
 
 
 def stall(
-    found: Iterable[Ahead],
+    estimate: Estimate,
     marks: Mapping[str, Mark],
     *,
     rate_bytes_s: int | None,
@@ -264,27 +279,27 @@ def stall(
 ) -> Facts:
     """How long clients would be held, and what that rests on. Pure.
 
-    The last pass and its proof look at the folders that change while one such pass runs: what one
-    takes was measured just now. What clients write meanwhile crosses over at `rate_bytes_s`, the
-    measured rate of a pass (None: none was measured); they are taken to write as they have since
-    the last complete pass.
+    The last pass and its proof fetch one list each, and look at the folders that change while such
+    a pass runs: what both take was measured just now. What clients write meanwhile crosses over at
+    `rate_bytes_s`, the measured rate of a pass (None: none was measured); they are taken to write
+    as they have since the last complete pass.
     """
     looks_ms, longest_ms, unmeasured = 0, 0, 0
     writes_bytes_s = 0.0
-    for one in found:
+    for one in estimate.found.values():
         mark = marks.get(one.uuid)
-        if one.walk != "folders" or mark is None:
+        if one.walk == "none":
+            continue
+        look_ms = one.took_ms
+        if one.walk == "folders" and mark is not None:
+            writes_bytes_s += one.copy_bytes * 1000 / max(1000, mark.age_ms(now_ns))
+        else:
             unmeasured += 1
             look_ms = QUICK_MS
-        else:
-            look_ms = one.took_ms
-            writes_bytes_s += one.copy_bytes * 1000 / max(1000, mark.age_ms(now_ns))
         looks_ms += look_ms
         longest_ms = max(longest_ms, look_ms)
-    pass_ms = max(longest_ms, looks_ms // parallel)
-    cross_ms = 0
-    if rate_bytes_s:
-        cross_ms = round(writes_bytes_s * pass_ms / rate_bytes_s)
+    pass_ms = estimate.listing_ms + max(longest_ms, looks_ms // parallel)
+    cross_ms = round(writes_bytes_s * pass_ms / rate_bytes_s) if rate_bytes_s else 0
     return {
         "ms": FREEZE_MS + TURNS * (pass_ms + cross_ms),
         "pass_ms": pass_ms,

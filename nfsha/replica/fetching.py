@@ -297,10 +297,16 @@ class Fetching:
             await self._into(copy, reason, found)
 
     @asynccontextmanager
-    async def _found(self, uuid: str, epoch: Epoch, scratch: Path) -> AsyncIterator[_Found]:
-        """Both sides of a volume, past all guards, its root open here; nothing is changed yet."""
+    async def _found(
+        self, uuid: str, epoch: Epoch, scratch: Path, listing: Listing | None = None
+    ) -> AsyncIterator[_Found]:
+        """Both sides of a volume, past all guards, its root open here; nothing is changed yet.
+
+        By a listing, or by what the source publishes now.
+        """
         await asyncio.to_thread(_fresh_folder, scratch)
-        facts, changes = await self._published(uuid, epoch, scratch)
+        listing = listing or self.listed or await self._listing([uuid], epoch, scratch)
+        facts, changes = listing.facts, listing.changes.get(uuid)
         await self._inventory.look_at(uuid)
         here = self._guard(uuid, epoch, facts)
         if here.stamp is not None and here.identity is not None:
@@ -322,18 +328,18 @@ class Fetching:
         listing = self.listed or await self._listing([uuid], epoch, scratch)
         return listing.facts, listing.changes.get(uuid)
 
-    async def list_all(self, epoch: Epoch) -> Listing:
+    async def list_all(self, epoch: Epoch, folder: str = "listing") -> Listing:
         """What the source publishes of all volumes now. Raises RefusedError and `TROUBLES`."""
-        listing = await self._list_once(epoch)
+        listing = await self._list_once(epoch, folder)
         for _ in range(_FRESH_AGAIN):
             if listing.is_fresh:
                 break
             # It was fetched while it was being published, or one of the volumes is slow.
-            listing = await self._list_once(epoch)
+            listing = await self._list_once(epoch, folder)
         return listing
 
-    async def _list_once(self, epoch: Epoch) -> Listing:
-        scratch = self._scratch / "listing"
+    async def _list_once(self, epoch: Epoch, folder: str) -> Listing:
+        scratch = self._scratch / folder
         await asyncio.to_thread(_fresh_folder, scratch)
         return await self._listing(sorted(self.copies), epoch, scratch)
 
@@ -449,14 +455,23 @@ class Fetching:
     def _is_resync(self, uuid: str, found: _Found) -> bool:
         return found.here.stamp != found.epoch or bool(self._store.taint_of(uuid))
 
-    async def look_ahead(self, uuid: str, longest_s: int) -> Ahead:
+    async def list_ahead(self) -> Listing | str:
+        """What `look_ahead` goes by, of all volumes; or why it cannot be had."""
+        if self.epoch is None:
+            return "nothing is copied to this node now"
+        try:
+            return await self.list_all(self.epoch, "listing-ahead")  # a handover may begin
+        except (RefusedError, *TROUBLES) as error:
+            return str(error)
+
+    async def look_ahead(self, uuid: str, listing: Listing, longest_s: int) -> Ahead:
         """What a pass of this volume would do now. Changes nothing; tells its own trouble."""
         epoch = self.epoch
-        if epoch is None or uuid not in self.copies:
-            return Ahead(uuid, trouble="nothing is copied to this node now")
+        if epoch is None:
+            return Ahead(uuid, trouble="nothing is copied to this node any more")
         scratch, began_ms = self._scratch / f"{uuid}-ahead", self._clocks.now_ms()
         try:
-            async with self._found(uuid, epoch, scratch) as found:
+            async with self._found(uuid, epoch, scratch, listing) as found:
                 ahead = await self._looked(self._copy_of(uuid), found, longest_s)
         except (RefusedError, *TROUBLES) as error:
             return Ahead(uuid, trouble=str(error))
@@ -476,7 +491,7 @@ class Fetching:
             planned = await pull.look()
         finally:
             self._looks.pop(copy.uuid, None)
-        walk = "full" if folders is None else "folders"
+        walk = "full" if folders is None else "folders" if folders else "none"
         ahead = estimate.of_volume(copy.uuid, walk, why_full, planned, keeps=keeps)
         return await self._with_alike(ahead, found, longest_s) if keeps else ahead
 

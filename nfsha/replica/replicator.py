@@ -131,6 +131,7 @@ class Replicator:
             watch=watch,
         )
         self.estimating = Estimating(
+            self.fetching.list_ahead,
             self.fetching.look_ahead,
             parallel=settings.sync.parallel,
             clocks=clocks,
