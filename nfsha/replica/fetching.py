@@ -55,11 +55,16 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+END_WITHIN_S = 5.0
+"""So long may what was killed take to be gone, a process or a thread that writes: then it is stuck,
+in a dead disk."""
+
 MAX_ATTEMPTS_COUNTED = 10
 MEASURED_BYTES = 1 << 20
 """A pass that copied less says nothing of the rate."""
 UNLIMITED = (1 << 31) - 1
 _FRESH_AGAIN = 2
+_END_SHARE = 0.9  # what is left is for naming the processes that are still there
 VERIFY_PAUSES_MS = 300_000
 """How long a verify goes on without an ordinary pass where these come by a cron line."""
 
@@ -153,8 +158,13 @@ class Fetching:
             if uuid in self.copies:
                 self.schedule.trigger(uuid, reason)
 
-    async def end(self) -> str:
-        """Ends all passes; their processes are gone then. Returns what is stuck, or ""."""
+    async def end(self, within_s: float = END_WITHIN_S) -> str:
+        """Ends all passes; their processes are gone then. Returns what is stuck, or "".
+
+        Takes `within_s` and the schedule's `STOP_WITHIN_S` at most, whatever hangs.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + within_s
         self.epoch = None
         self.may_start = False
         self._late.clear()
@@ -163,19 +173,27 @@ class Fetching:
             *self._verifies.items(),
             *self._looks.items(),
         ]
-        ends = await asyncio.gather(*(self._end_one(uuid, one) for uuid, one in under_way))
+        ends = await asyncio.gather(
+            *(self._end_one(uuid, one, deadline_s) for uuid, one in under_way)
+        )
         stuck = [words for words in ends if words]
         left = await self.schedule.cancel()
         if self._writes:  # in threads, which no cancelling ends
-            await asyncio.wait(self._writes)
+            await asyncio.wait(self._writes, timeout=max(0.0, deadline_s - loop.time()))
         stuck += [f"{self._inventory.name_of(uuid)}: its pass does not end" for uuid in left]
+        if self._writes:
+            stuck.append(f"{len(self._writes)} threads of this process, at work on the volumes")
         return "; ".join(stuck)
 
-    async def _end_one(self, uuid: str, running: Pull | Verify) -> str:
+    async def _end_one(self, uuid: str, running: Pull | Verify, deadline_s: float) -> str:
+        within_s = deadline_s - asyncio.get_running_loop().time()
         try:
-            await running.end(at_once=True)
+            async with asyncio.timeout_at(deadline_s):
+                await running.end(within_s * _END_SHARE, at_once=True)
         except ChildStuckError as error:
             return f"{self._inventory.name_of(uuid)}: {error}"
+        except TimeoutError:
+            return f"{self._inventory.name_of(uuid)}: what runs for it does not end"
         return ""
 
     async def _write(self, call: Callable[..., _T], *args: Any, **more: Any) -> _T:  # noqa: ANN401

@@ -26,7 +26,7 @@ from nfsha.replica.clocks import Clocks
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.estimate import Estimating
 from nfsha.replica.exchange import ExchangeError
-from nfsha.replica.fetching import Fetching
+from nfsha.replica.fetching import END_WITHIN_S, Fetching
 from nfsha.replica.forgetting import NotForgottenError
 from nfsha.replica.inventory import Inventory, Pair
 from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
@@ -45,6 +45,10 @@ KEEP_EVERY_MS = 60_000
 
 FETCHES = (Fetch, Approach, Finish)
 """The ways on which this node receives."""
+
+HELD_WITHIN_S = 2.0
+"""So long may the end of what receives take while clients are held by a handover: a process that
+hangs in a dead disk then ends the handover, and the giver serves again."""
 
 LOOK_EVERY_S = 5.0
 """How often the filesystems are looked at while nothing else asks."""
@@ -204,7 +208,7 @@ class Replicator:
             # At once, not in the conductor's next round: what may not run any more is killed now.
             if isinstance(before, FETCHES):
                 self.fetching.let(start=False)
-                self._end_fetching()
+                self._end_fetching(HELD_WITHIN_S if isinstance(before, Finish) else END_WITHIN_S)
             if self._serving_task is not None:
                 self._serving_task.cancel()
         elif isinstance(flow, Fetch):
@@ -225,9 +229,9 @@ class Replicator:
             return "the volumes are not offered yet"
         return await self.serving.come_to_rest()
 
-    def _end_fetching(self) -> None:
+    def _end_fetching(self, within_s: float = END_WITHIN_S) -> None:
         if self._ending is None or self._ending.done():
-            self._ending = asyncio.ensure_future(self.fetching.end())
+            self._ending = asyncio.ensure_future(self.fetching.end(within_s))
             self._ending.add_done_callback(_log_failure)
 
     async def _ended(self) -> str:
@@ -269,7 +273,8 @@ class Replicator:
             await self._end_serving()
         if not isinstance(flow, FETCHES) or self.fetching.epoch not in (None, flow.epoch):
             self._end_fetching()
-            await self._ended()
+            if await self._ended():
+                return  # something may still write: nothing begins before it is gone
         if flow != self._flow:
             return  # it changed meanwhile: the bell has rung
         if isinstance(flow, Offer) and self._serving_task is None:

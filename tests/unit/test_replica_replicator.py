@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from nfsha import config
-from nfsha.core.replication import Fetch, Offer
+from nfsha.core.model import Epoch
+from nfsha.core.replication import Fetch, Finish, Offer, Rest
 from nfsha.replica import replicator as module
+from nfsha.replica.child import ChildStuckError
 from nfsha.replica.copying import Copy, State
 from nfsha.replica.exchange import own_facts
-from nfsha.replica.fetching import Fetching
+from nfsha.replica.fetching import END_WITHIN_S, Fetching
 from nfsha.replica.marks import MarkStore
+from nfsha.replica.pull import Pull
 from nfsha.replica.replicator import Ends, ReplicaError, Replicator
 from nfsha.replica.schedule import Kind, Reason
 from nfsha.replica.survey import Survey
@@ -275,3 +279,44 @@ def test_garbage_changes_nothing_and_is_one_line(
             world.may_look.set()
 
     asyncio.run(scene())
+
+
+class Stuck:
+    """A pass whose process is killed, and hangs in a dead disk."""
+
+    async def end(self, within_s: float, *, at_once: bool) -> None:
+        await asyncio.sleep(within_s)
+        raise ChildStuckError("pull", ["4711 rsync (disk sleep)"])
+
+
+@pytest.mark.parametrize("hangs", ["process", "thread"])
+def test_clients_are_not_held_for_a_disk_that_hangs(
+    world: World, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    monkeypatch.setattr(module, "HELD_WITHIN_S", 0.5)
+    thawed = threading.Event()
+
+    async def scene() -> tuple[str, str]:
+        async with world.replicator() as one:
+            given = Epoch(EPOCH.number + 1, "00000000000000bb", EPOCH.authority.other)
+            one.follow(Finish(EPOCH, given), EPOCH)
+            writing = None
+            if hangs == "process":
+                one.fetching._pulls[FIRST] = cast("Pull", Stuck())
+            else:
+                writing = asyncio.ensure_future(one.fetching._write(thawed.wait))
+            await turns()
+            one.follow(Rest("it is proved"), EPOCH)
+            try:
+                async with asyncio.timeout(END_WITHIN_S / 2):
+                    stuck = await one.stop_receivers()
+            finally:
+                thawed.set()
+            if writing is not None:
+                await writing
+            one.fetching._pulls.clear()
+            return stuck, await one.stop_receivers()
+
+    stuck, gone = asyncio.run(scene())
+    assert ("disk sleep" if hangs == "process" else "threads of this process") in stuck
+    assert gone == ""
