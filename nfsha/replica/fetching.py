@@ -569,7 +569,7 @@ class Fetching:
             timeout_s=self._sync.timeout_s,
             connect_timeout_s=self._sync.connect_timeout_s,
             name=f"volume {found.here.name}",
-            expected_bytes=found.facts.used_bytes(copy.uuid),
+            expected_bytes=_expected_bytes(copy.uuid, found),
         )
 
     def _choose(
@@ -924,6 +924,12 @@ def _mark(uuid: str, found: _Found, outcome: PassOutcome, *, full: bool) -> Mark
         changes_id=changes.journal_id if changes is not None else "",
         changes_seq=changes.last if changes is not None else 0,
     )
+
+
+def _expected_bytes(uuid: str, found: _Found) -> int:
+    """What the copy will have grown by: an empty filesystem has something in use, or reserved."""
+    there_bytes, here = found.facts.used_bytes(uuid), found.here
+    return max(0, there_bytes - here.used_bytes) if here.empty else there_bytes
 
 
 def _dense(uuid: str, found: _Found) -> DenseFiles:

@@ -10,6 +10,7 @@ it. In between only the kernel's queues of changes are emptied, and the notes fo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -51,6 +52,9 @@ LISTS_WITHIN_S = FRESH_WITHIN_S / 3  # a fetch may have to wait for two of them
 """A list of changes that takes longer (a search after a huge move, a disk that hangs) is left as it
 is, for the other volumes' sake. It says itself how old it is (`as_of_ns`), and a mark goes by that.
 """
+
+
+SIZES_WITHIN_S = 1.0
 
 
 def changes_name(uuid: str) -> str:
@@ -229,6 +233,8 @@ class Serving:
         as_of_ns = self._clocks.wall_ns()
         for error in await _all_within(self._lists.values(), LISTS_WITHIN_S):
             raise NotFreshError(f"the changes are not published: {error}") from error
+        first = self._not_copied_yet(epoch)
+        await self._look_at(first)
         facts = {
             "nfsha_facts": 1,
             "epoch": epoch_as_json(epoch),
@@ -240,7 +246,7 @@ class Serving:
         try:
             for uuid in names_after(public, changes_name("")) - self.journals.keys():
                 (public / changes_name(uuid)).unlink(missing_ok=True)
-            await self._dense.publish(self._not_copied_yet(epoch))
+            await self._dense.publish(first)
             await asyncio.to_thread(write_durably, public / FACTS_NAME, data)
         except OSError as error:
             raise NotFreshError(f"cannot write into {public}: {error.strerror}") from error
@@ -253,6 +259,21 @@ class Serving:
             if pair.there is not None and pair.there.empty and pair.there.stamp != epoch
         }
         return {uuid: one for uuid, one in self._offered.items() if uuid in waiting}
+
+    async def _look_at(self, uuids: Iterable[str]) -> None:
+        """How much they hold now: a first copy goes by it to tell how far it is.
+
+        A disk that hangs holds up nobody else.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SIZES_WITHIN_S):
+                for uuid in uuids:
+                    await self._inventory.look_at(uuid)
+                    now, known = self._inventory.by_uuid(uuid), self._offered.get(uuid)
+                    if now is not None and known is not None:
+                        self._offered[uuid] = replace(
+                            known, free_bytes=now.free_bytes, free_inodes=now.free_inodes
+                        )
 
     async def come_to_rest(self) -> str:
         """Puts all on the disk, and waits until nothing writes. Returns why it cannot, or "".
