@@ -136,6 +136,7 @@ def test_there_and_back_twice_under_load_nothing_is_lost(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_there_and_back_ten_times_under_load_nothing_is_lost(
     copies: Copies, record_property: Callable[[str, object], None]
 ) -> None:
