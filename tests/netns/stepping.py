@@ -65,8 +65,8 @@ class Stepped(Copies):
         self._since_ns = 0
         self._receives = "b"
         self._plan = ""
-        self._answer = ""
-        self._asking: threading.Thread | None = None
+        self._answers: list[str] = []
+        self._asking: list[threading.Thread] = []
         self._excused: set[int] = set()
 
     def __enter__(self) -> Stepped:
@@ -227,9 +227,10 @@ class Stepped(Copies):
             time.sleep(0.01)
 
     def _end_asking(self) -> None:
-        if self._asking is not None:
-            self._asking.join(ASKED_WITHIN_S)
-            assert not self._asking.is_alive(), "the command that asked for the move hangs"
+        for one in self._asking:
+            one.join(2 * ASKED_WITHIN_S)
+            assert not one.is_alive(), "a command hangs"
+        self._asking.clear()
 
     def _begin(self) -> None:
         for name in ROLES:
@@ -237,6 +238,7 @@ class Stepped(Copies):
             self.steps[name].forget()
         self._since_ns = self.lab.now_ns()
         self._receives = self.receiver
+        self._answers.clear()
 
     def _story(self) -> str:
         return "\n".join(f"--- {name} ---\n{self.printed(name)}" for name in ROLES)
@@ -257,18 +259,20 @@ class Stepped(Copies):
         self.steps[name].want(boundary.edge, boundary.action.name)
 
     def _ask_for_a_move(self) -> None:
-        """Beside the test: the daemon that is asked may stand still, or be killed, first."""
         giver, to, plan = self.giver, ROLES[self.receiver], self._plan
+        self._beside(lambda: self._approve(giver, to, plan))
 
-        def ask() -> None:
+    def _beside(self, ask: Callable[[], dict[str, Any]]) -> None:
+        """Beside the test: the daemon that is asked may stand still, or be killed, first."""
+
+        def asked() -> None:
             try:
-                self._answer = str(self._approve(giver, to, plan))
+                self._answers.append(str(ask()))
             except (ControlError, CommandError) as error:
-                self._answer = str(error)
+                self._answers.append(str(error))
 
-        self._answer = "no answer"
-        self._asking = threading.Thread(target=ask)
-        self._asking.start()
+        self._asking.append(threading.Thread(target=asked))
+        self._asking[-1].start()
 
     def _approve(self, giver: str, to: str, plan: str) -> dict[str, Any]:
         """As the operator that was shown this plan; one that has changed since, but holds, anew."""
@@ -284,14 +288,15 @@ class Stepped(Copies):
         with self.stopped_at(PROOF) as go_on:
             self._want(boundary)
             go_on()
-            self.ask(self.receiver, "abort")
+            receiver = self.receiver
+            self._beside(lambda: self.ask(receiver, "abort"))
 
     @contextlib.contextmanager
     def _stands_at(self, boundary: Boundary) -> Iterator[Callable[[], None]]:
         name = self.node_of(boundary.action.side)
         steps, daemon = self.steps[name], self.daemon(name)
         if not steps.reached(REACHED_WITHIN_S):
-            raise LabError(f"that boundary was never reached (the command: {self._answer})")
+            raise LabError(f"that boundary was never reached (asked: {self._answers})")
         gone_on = False
 
         def go_on() -> None:
