@@ -197,8 +197,8 @@ COMMANDS: tuple[Command, ...] = (
         "clients", LOOK, "list the connections of clients, as both nodes know them",
         "nfsha clients", watch.clients,
         (Option(("--watch",), "show it again each second, until ^C", FLAG), CONFIG, SOCKET),
-        "The node that serves tells the other one who is connected: so it can have them connect "
-        "anew at once if it takes over.",
+        "The node that serves tells the other one who is connected, and who may hold locks: so it "
+        "can have them connect anew at once, and claim their locks again, if it takes over.",
     ),
     Command(
         "volumes pair", COPY, "make the volumes of one name on both nodes a pair",

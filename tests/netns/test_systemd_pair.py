@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,11 @@ class Duo:
     def differences(self, volume: str = "data") -> list[str]:
         """What differs between the two copies."""
         return differences(self.folder(self.active, volume), self.folder(self.passive, volume))
+
+    def lock_holders(self) -> dict[str, Any]:
+        """Who holds locks, as the node knows that was passive when the test began."""
+        answer = json.loads(self.passive.nfsha("clients", "--json").stdout)
+        return dict(answer["locks"])
 
     def write(self, name: str) -> Writing:
         """Begins to write numbered records through the VIP, into a file of this name."""
@@ -326,7 +332,13 @@ def test_a_restart_of_the_active_one_keeps_the_address(duo: Duo) -> None:
 
 def test_a_stop_of_the_active_one_gives_the_address_to_the_other(duo: Duo) -> None:
     writing = duo.write("stopped")
+    holds_locks = f"10.77.0.{99 if duo.active.name == 'a' else 98}"  # statd keeps a file for it
+    duo.active.path(f"/var/lib/nfs/sm/{holds_locks}").touch()
+    wait(lambda: holds_locks in duo.lock_holders()["saved"], "list of lock holders there")
     duo.active.systemctl("stop", "nfsha")
+    assert holds_locks in duo.lock_holders()["here"]
+    assert "told to claim them again: " in duo.passive.journal()
+    assert "not told of the move" not in duo.passive.journal()  # no socket at the VIP, or the like
     lab = duo.copies.lab
     assert writing.end(moves=1).longest_stall_ms < MAX_STALL_MS
     assert duo.active.name not in lab.look().holders(VIP)
