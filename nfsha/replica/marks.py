@@ -101,13 +101,13 @@ class Walked:
 
 def mark_as_json(mark: Mark) -> Document:
     """Returns the mark as JSON can carry it."""
-    document: Document = {field.name: getattr(mark, field.name) for field in fields(mark)}
+    document: Document = {name: getattr(mark, name) for name in _NAMES}
     return {**document, "epoch": epoch_as_json(mark.epoch)}
 
 
 def mark_from_json(document: object) -> Mark:
     """Returns the mark of a document; MarksError for anything that `mark_as_json` never made."""
-    if not isinstance(document, dict) or set(document) != {one.name for one in fields(Mark)}:
+    if not isinstance(document, dict) or document.keys() != _NAMES:
         raise MarksError("a mark that lacks a field, or has one that is not known")
     for name in _NUMBERS:
         value = document[name]
@@ -127,6 +127,7 @@ def mark_from_json(document: object) -> Mark:
     return Mark(**{**document, "epoch": epoch})
 
 
+_NAMES: Final = dict.fromkeys(one.name for one in fields(Mark)).keys()
 _NUMBERS: Final = (
     "started_ns",
     "files",

@@ -430,6 +430,7 @@ class Replicator:
         self._taints_there = told.tainted
         if isinstance(self._flow, Offer):
             await self._remember(self.store.put_peer, told.marks)
+            await self._name_volumes()
             self.serving.acknowledge(
                 {mark.volume: (mark.changes_id, mark.changes_seq) for mark in told.marks}
             )

@@ -134,6 +134,7 @@ def test_an_old_primary_whose_schedule_goes_on_writes_nothing_into_what_is_newer
     lab.power_cut("a")
     copies.wait_phase("b", "ACTIVE", since_ms=died_ms)
     (copies.here("b") / "second").write_text("of the second reign")
+    copies.wait(lambda: copies.volume("b")["here"]["stamp"]["number"] == 2, "its own last write")
     newer = touched(copies.here("b"))
     lab.boot("a")
     older = touched(copies.here("a"))
