@@ -45,6 +45,7 @@ _FAN_REPORT_NAME = 0x00000800
 _FAN_REPORT_TARGET_FID = 0x00001000  # Linux 5.17
 _FAN_MARK_ADD = 0x00000001
 _FAN_MARK_FILESYSTEM = 0x00000100
+_FDINFO_BYTES = 4096
 _METADATA_VERSION = 3
 _INFO_FID = 1
 _INFO_DFID_NAME = 2
@@ -147,8 +148,11 @@ def is_marked(group: Group) -> bool:
 
     There is no event about that (IN_UNMOUNT is inotify's); /proc/PID/fdinfo is what tells it.
     """
-    text = Path(f"/proc/self/fdinfo/{group.fd}").read_text(encoding="ascii")
-    return "fanotify sdev:" in text
+    info = os.open(f"/proc/self/fdinfo/{group.fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:  # not by pathlib: it is asked for each volume each second
+        return b"fanotify sdev:" in os.read(info, _FDINFO_BYTES)
+    finally:
+        os.close(info)
 
 
 def queued_bytes(group: Group) -> int:

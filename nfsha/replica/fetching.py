@@ -635,6 +635,8 @@ class Fetching:
 
     async def _completed(self, copy: Copy, here: VolumeFacts, mark: Mark) -> None:
         await self._write(self._store.put_own, mark)
+        if self._store.names.get(copy.uuid) != here.name:
+            await self._write(self._store.put_names, {copy.uuid: here.name})
         if here.stamp != mark.epoch:
             await self._write(volumes.write_stamp, here, mark.epoch)
         await self._write(self._untaint, copy.uuid, mark.epoch)

@@ -62,6 +62,8 @@ class Inventory:
         """None: the other node has not told yet."""
         self.told = asyncio.Event()
         """The other node has told."""
+        self._index: tuple[Sequence[VolumeFacts], dict[str, VolumeFacts | None]] = ((), {})
+        self._pairs: tuple[object, object, tuple[Pair, ...]] = (None, None, ())
         self.looked = asyncio.Event()
         """The filesystems here were looked at, or could not be (`trouble`)."""
         self.looked_ms: int | None = None
@@ -108,8 +110,13 @@ class Inventory:
 
     def by_uuid(self, uuid: str) -> VolumeFacts | None:
         """The volume here that bears this identity; None also when two do (a copied disk)."""
-        found = [one for one in self.here if one.identity == uuid]
-        return found[0] if len(found) == 1 else None
+        if self._index[0] is not self.here:
+            index: dict[str, VolumeFacts | None] = {}
+            for one in self.here:
+                if one.identity is not None:
+                    index[one.identity] = None if one.identity in index else one
+            self._index = (self.here, index)
+        return self._index[1].get(uuid)
 
     def name_of(self, uuid: str) -> str:
         """What to call a volume: its name here, or where it is not here its identity."""
@@ -135,6 +142,11 @@ class Inventory:
 
     def pairs(self) -> tuple[Pair, ...]:
         """All volumes of both nodes, those that belong together as one, by name."""
+        if self._pairs[0] is not self.here or self._pairs[1] is not self.there:
+            self._pairs = (self.here, self.there, self._paired())
+        return self._pairs[2]
+
+    def _paired(self) -> tuple[Pair, ...]:
         there = list(self.there or ())
         found = []
         for one in self.here:

@@ -153,6 +153,11 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._folders)
 
+    @property
+    def empty(self) -> bool:
+        """No folder changed, and nothing is left open of what happened."""
+        return not (self._folders or self._moved or self._wanted)
+
     def ask_walk(self, reason: WalkReason, sentence: str, *, level: int = logging.WARNING) -> None:
         """From here on only who walks the whole volume anew knows what changed.
 

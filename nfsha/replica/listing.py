@@ -7,7 +7,7 @@ wait. It fetches nothing itself and decides nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nfsha.replica.durable import read_small
@@ -55,5 +55,7 @@ def read_listing(folder: Path, uuids: Iterable[str]) -> Listing:
     for uuid in uuids:
         path = folder / changes_name(uuid)
         if path.exists():
-            changes[uuid] = read_published(read_small(path, MAX_BYTES))
+            found = read_published(read_small(path, MAX_BYTES))
+            still_ns = max(found.as_of_ns, facts.still_ns.get(uuid, 0))
+            changes[uuid] = replace(found, as_of_ns=still_ns)
     return Listing(facts, changes)

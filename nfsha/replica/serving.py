@@ -3,8 +3,9 @@
 It runs while this node serves, and is gone before authority leaves. It never fetches anything, and
 writes nothing into a volume but its identity and its stamp.
 
-What is published is published anew before each fetch; so a pass that begins after a write knows of
-it. In between only the kernel's queues of changes are emptied, and the notes for a restart written.
+What is published is published anew before each fetch, or it is said that it is still true; so a
+pass that begins after a write knows of it. In between only the kernel's queues of changes are
+emptied, and the notes for a restart written.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ class Serving:
         while (rest_ms := end_ms - self._clocks.now_ms()) > 0:
             again_ms = (one.collect_again_in_ms for one in self.journals.values())
             await asyncio.sleep(min(rest_ms, COLLECT_EVERY_MS, *again_ms) / 1000)
-            await _all_within(self._drains.values(), COLLECT_EVERY_MS / 1000)
+            busy = await asyncio.to_thread(_busy, tuple(self.journals.items()))
+            drains = [self._drains[uuid] for uuid in busy if uuid in self._drains]
+            await _all_within(drains, COLLECT_EVERY_MS / 1000)
 
     # ------------------------------------------------------------- what is published
 
@@ -231,7 +234,9 @@ class Serving:
         if epoch is None:
             raise NotFreshError("this node does not serve any more")
         as_of_ns = self._clocks.wall_ns()
-        for error in await _all_within(self._lists.values(), LISTS_WITHIN_S):
+        still_ns = await asyncio.to_thread(_still_ns, public, tuple(self.journals.items()))
+        lists = [publish for uuid, publish in self._lists.items() if uuid not in still_ns]
+        for error in await _all_within(lists, LISTS_WITHIN_S):
             raise NotFreshError(f"the changes are not published: {error}") from error
         first = self._not_copied_yet(epoch)
         await self._look_at(first)
@@ -241,6 +246,7 @@ class Serving:
             "as_of_ns": as_of_ns,
             "volumes": [as_json(one) for one in self._offered.values()],
             "stamped_ns": {uuid: self._stamped_ns[uuid] for uuid in self._offered},
+            "still_ns": still_ns,
         }
         data = json.dumps(facts, sort_keys=True).encode()
         try:
@@ -332,6 +338,23 @@ def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, int]:
     if one.stamp != epoch:
         volumes.write_stamp(one, epoch)
     return replace(one, stamp=epoch), volumes.stamped_at_ns(one)
+
+
+def _busy(journals: Iterable[tuple[str, ChangeJournal]]) -> list[str]:
+    return [uuid for uuid, journal in journals if not journal.at_rest()]
+
+
+def _still_ns(public: Path, journals: Iterable[tuple[str, ChangeJournal]]) -> dict[str, int]:
+    """Which lists need not be published anew, and up to when each is all that changed.
+
+    Most of many volumes are at rest, and publishing costs a thread's turn and a file for each.
+    """
+    found = {}
+    for uuid, journal in journals:
+        still_ns = journal.still_true_ns()
+        if still_ns is not None and (public / changes_name(uuid)).exists():
+            found[uuid] = still_ns
+    return found
 
 
 def _threaded(call: Callable[..., object], *args: object) -> Coalesced:

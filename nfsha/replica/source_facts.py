@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -27,6 +27,8 @@ class SourceFacts:
     volumes: tuple[VolumeFacts, ...]
     stamped_ns: Mapping[str, int]
     """The ctime of each volume's stamp, by identity."""
+    still_ns: Mapping[str, int] = field(default_factory=dict)
+    """Up to when a list of changes, published earlier, is still all; by identity, not for all."""
 
     def of(self, uuid: str) -> VolumeFacts | None:
         """The volume of this identity."""
@@ -47,12 +49,12 @@ def read_facts(path: Path) -> SourceFacts:
     if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
-    stamped_ns = document.get("stamped_ns")
+    stamped_ns, still_ns = document.get("stamped_ns"), document.get("still_ns")
     if (
         not _is_time(as_of_ns)
         or not isinstance(listed, list)
-        or not isinstance(stamped_ns, dict)
-        or not all(map(_is_time, stamped_ns.values()))
+        or not _are_times(stamped_ns)
+        or not _are_times(still_ns)
     ):
         raise VolumeError("the source's facts are incomplete")
     return SourceFacts(
@@ -60,7 +62,12 @@ def read_facts(path: Path) -> SourceFacts:
         as_of_ns,
         tuple(from_json(one) for one in listed),
         stamped_ns,
+        still_ns,
     )
+
+
+def _are_times(value: object) -> TypeGuard[dict[str, int]]:
+    return isinstance(value, dict) and all(map(_is_time, value.values()))
 
 
 def _is_time(value: object) -> TypeGuard[int]:

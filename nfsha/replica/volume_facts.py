@@ -135,6 +135,7 @@ def _option_differences(here: VolumeFacts, there: VolumeFacts) -> Iterator[str]:
             yield f"option {option} {side} and not {other}: {effect} {side}"
 
 
+_NAMES: Final = dict.fromkeys(field.name for field in fields(VolumeFacts)).keys()
 _NUMBERS: Final = ("device_number", "size_bytes", "free_bytes", "inodes", "free_inodes")
 _TEXTS: Final = ("name", "device", "fstype", "options", "failing", "refused")
 _FLAGS: Final = ("read_only", "empty")
@@ -147,7 +148,7 @@ _NUMBER_LIMIT: Final = (1 << 64) - 1
 
 def as_json(facts: VolumeFacts) -> Document:
     """Returns the facts as JSON can carry them, to the other node or to a command."""
-    document: Document = {field.name: getattr(facts, field.name) for field in fields(facts)}
+    document: Document = {name: getattr(facts, name) for name in _NAMES}
     document["path"] = str(facts.path)
     document["stamp"] = None if facts.stamp is None else epoch_as_json(facts.stamp)
     return document
@@ -155,8 +156,7 @@ def as_json(facts: VolumeFacts) -> Document:
 
 def from_json(document: object) -> VolumeFacts:
     """Returns the facts that `as_json` made a document of; VolumeError for anything else."""
-    names = {field.name for field in fields(VolumeFacts)}
-    if not isinstance(document, dict) or set(document) != names:
+    if not isinstance(document, dict) or document.keys() != _NAMES:
         raise VolumeError("facts of a volume that lack a field, or have one that is not known")
     values: Document = dict(document)
     for name in _NUMBERS:

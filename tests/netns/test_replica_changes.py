@@ -605,6 +605,100 @@ def test_more_folders_than_allowed(volume: LoopVolume, watch: Watch) -> None:
     assert watched.take() == {"3"}
 
 
+# ---- at rest
+
+
+def test_what_is_still_true_is_said_without_looking_at_the_volume(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (volume.path / "folder").mkdir()
+    (volume.path / "one").touch()
+    (volume.path / "two").hardlink_to(volume.path / "one")
+    watched = watch(volume.path)
+    journal = watched.journal
+
+    def none_until_published() -> None:
+        """Whatever happened: only a list that is published anew is true again."""
+        assert journal.still_true_ns() is None
+        journal.collect()
+        assert journal.still_true_ns() is None
+        watched.take()
+        watched.publish()
+
+    for change in (
+        lambda: (volume.path / "folder" / "file").write_text("x"),
+        lambda: os.utime(volume.path / "folder"),
+        lambda: (volume.path / "folder").rename(volume.path / "renamed"),
+        lambda: (volume.path / "one").chmod(0o600),
+        (volume.path / "renamed" / "file").unlink,
+    ):
+        before_ns = time.time_ns()
+        still_ns = journal.still_true_ns()
+        assert still_ns is not None
+        assert before_ns < still_ns < time.time_ns()
+        assert journal.at_rest()
+        assert journal.still_true_ns() is not None, "it takes nothing out of the queue"
+        change()
+        assert not journal.at_rest()
+        none_until_published()
+    watched.publish()
+    journal.acknowledge(journal.journal_id, watched.applied)
+    assert journal.still_true_ns() is not None, "known already"
+    with journal._lock:
+        assert journal.still_true_ns() is None, "another call may be changing it"
+        assert not journal.at_rest()
+    monkeypatch.setattr(journal, "_wall_ns", lambda: time.time_ns() - 5_000_000_000)
+    assert journal.still_true_ns() is None, "the clock was stepped back"
+    assert watched.look()[0] is None
+
+
+def test_a_list_that_waits_for_something_is_published_each_time(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch(volume.path)
+    (volume.path / "file").touch()
+    folders, _ = watched.look()
+    assert folders == (b".",)
+    assert watched.journal.still_true_ns() is None, "a folder may be covered by a mount meanwhile"
+    watched.done()
+    assert watched.journal.still_true_ns() is None, "what was applied is not forgotten yet"
+    watched.publish()
+    assert watched.journal.still_true_ns() is not None
+    (volume.path / ".nfsha-stamp").touch()  # no change, and yet an event
+    watched.publish()
+    assert watched.journal.still_true_ns() is not None
+    watched.done()
+    assert watched.journal.still_true_ns() is None, "nor is this"
+    watched.publish()
+    monkeypatch.setattr(changes, "NOTES_EVERY_MS", 60_000)
+    (volume.path / "file").write_text("x")
+    watched.take()
+    watched.publish()
+    (volume.path / "file").write_text("y")
+    watched.take()
+    watched.publish()
+    assert watched.journal.still_true_ns() is None, "its notes are not up to date"
+
+
+def test_a_volume_that_was_unmounted_or_fails_is_not_at_rest(
+    volume: LoopVolume, watch: Watch
+) -> None:
+    watched = watch(volume.path)
+    watched.publish()
+    assert watched.journal.at_rest()
+    volume.unmount()
+    assert watched.journal.still_true_ns() is None
+    assert not watched.journal.at_rest()
+    volume.mount()
+    (volume.path / "missed").touch()
+    assert watched.journal.still_true_ns() is None
+    watched.publish()
+    assert watched.journal.ended
+    assert watched.journal.still_true_ns() is None
+    watched.close()
+    assert watched.journal.still_true_ns() is None
+
+
 # ---- unmounts, failures, restarts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from nfsha.replica.clocks import Clocks
 from nfsha.replica.fresh import Coalesced, NotFreshError
 from nfsha.replica.inventory import Inventory
 from nfsha.replica.published import Published, read_published
-from nfsha.replica.serving import Serving
+from nfsha.replica.serving import Serving, changes_name
 from nfsha.replica.source import (
     CONTROL_MODULE,
     MAX_LOG_BYTES,
@@ -40,6 +39,7 @@ from nfsha.replica.source import (
     SourceVolume,
     epoch_token,
 )
+from nfsha.replica.source_facts import read_facts
 from tests.netns.namespaces import Namespace, connect, inside, namespaces, run
 from tests.netns.volumekit import LoopVolume, make_volume
 
@@ -828,8 +828,9 @@ async def fetched(net: Net, into: Path) -> tuple[Published, int]:
 
 def read_fetched(into: Path) -> tuple[Published, int]:
     [path] = into.glob("changes-*")
-    facts = json.loads((into / "facts.json").read_text())
-    return read_published(path.read_bytes()), facts["as_of_ns"]
+    facts, published = read_facts(into / "facts.json"), read_published(path.read_bytes())
+    still_ns = facts.still_ns.get(published.uuid, 0)
+    return replace(published, as_of_ns=max(published.as_of_ns, still_ns)), facts.as_of_ns
 
 
 def test_what_was_written_before_a_fetch_is_in_what_is_fetched(
@@ -885,12 +886,46 @@ def test_a_list_that_takes_long_is_left_as_it_is_and_says_how_old_it_is(
                 for _ in range(2):
                     began_ns = time.time_ns()
                     after, facts_ns = await fetched(net, tmp_path / "into")
-                    assert after == before
-                    assert before.as_of_ns < began_ns < facts_ns
+                    assert after == replace(before, as_of_ns=after.as_of_ns)
+                    assert after.as_of_ns <= before.as_of_ns < began_ns < facts_ns
                     assert 1.5e9 < time.time_ns() - began_ns < 6e9
                 assert threading.active_count() <= threads + 2  # one to publish, one to collect
             after, facts_ns = await fetched(net, tmp_path / "into")
             assert facts_ns <= after.as_of_ns
+
+    in_the_source(net, main)
+
+
+def test_a_list_at_rest_is_not_published_anew_and_yet_is_fresh(
+    net: Net, served: LoopVolume, tmp_path: Path
+) -> None:
+    (served.path / "folder").mkdir()
+
+    async def main() -> None:
+        async with serving(tmp_path, served) as one:
+            [uuid] = one.journals
+            file = one.source.public / changes_name(uuid)
+            seen = []
+            for _ in range(3):
+                began_ns = time.time_ns()
+                published, facts_ns = await fetched(net, tmp_path / "into")
+                assert began_ns < facts_ns <= published.as_of_ns < time.time_ns()
+                assert published.folders == ()
+                seen.append(file.stat().st_ino)
+            assert len(set(seen[1:])) == 1
+            (served.path / "folder" / "file").write_text("new")
+            for _ in range(3):  # as long as there is something to pull, it is looked at each time
+                began_ns = time.time_ns()
+                published, facts_ns = await fetched(net, tmp_path / "into")
+                assert began_ns < facts_ns <= published.as_of_ns < time.time_ns()
+                assert [name for name, _ in published.folders] == [b"folder"]
+                seen.append(file.stat().st_ino)
+            published, _ = await fetched(net, tmp_path / "into")
+            one.acknowledge({uuid: (published.journal_id, published.last)})
+            assert (await fetched(net, tmp_path / "into"))[0].folders == ()
+            file.unlink()  # nobody's work; and yet a list that is not there is not vouched for
+            assert (await fetched(net, tmp_path / "into"))[0].folders == ()
+            assert file.exists()
 
     in_the_source(net, main)
 

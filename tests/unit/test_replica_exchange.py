@@ -172,6 +172,7 @@ def test_what_is_fetched_is_read_or_refused(
     file = tmp_path_factory.getbasetemp() / "fetched"
     published = {
         "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "stamped_ns": {},
+        "still_ns": {},
         "volumes": [as_json(facts())],
     }  # fmt: skip
     if not isinstance(garbage, bytes):
@@ -192,12 +193,13 @@ def test_what_is_fetched_is_read_or_refused(
 def test_what_the_source_writes_is_read(tmp_path: Path) -> None:
     published = {
         "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS,
-        "stamped_ns": {FIRST: NOW_NS}, "volumes": [as_json(facts())],
+        "stamped_ns": {FIRST: NOW_NS}, "still_ns": {}, "volumes": [as_json(facts())],
     }  # fmt: skip
     (tmp_path / "facts").write_text(json.dumps(published))
     read = read_facts(tmp_path / "facts")
     assert (read.epoch, read.as_of_ns, read.volumes) == (EPOCH, NOW_NS, (facts(),))
-    for key, huge in (("as_of_ns", 1 << 63), ("as_of_ns", True), ("stamped_ns", {FIRST: 1e30})):
+    for key, huge in (("as_of_ns", 1 << 63), ("as_of_ns", True), ("stamped_ns", {FIRST: 1e30}),
+                      ("still_ns", [])):  # fmt: skip
         (tmp_path / "facts").write_text(json.dumps(published | {key: huge}))
         with pytest.raises(VolumeError, match="incomplete"):
             read_facts(tmp_path / "facts")
