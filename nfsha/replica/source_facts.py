@@ -49,7 +49,7 @@ def read_facts(path: Path) -> SourceFacts:
     if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
-    stamped_ns, still_ns = document.get("stamped_ns"), document.get("still_ns")
+    stamped_ns, still_ns = document.get("stamped_ns"), document.get("still_ns", {})
     if (
         not _is_time(as_of_ns)
         or not isinstance(listed, list)

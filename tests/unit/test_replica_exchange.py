@@ -22,8 +22,11 @@ from nfsha.replica.exchange import (
     own_facts,
     read_node,
 )
+from nfsha.replica.listing import read_listing
 from nfsha.replica.marks import EVERYTHING, MarkStore
+from nfsha.replica.published import Published, encode_published
 from nfsha.replica.questions import question_id
+from nfsha.replica.serving import changes_name
 from nfsha.replica.source_facts import read_facts
 from nfsha.replica.suspects import SuspectError, SuspectQuestion, answers_from_json
 from nfsha.replica.volume_facts import VolumeError, as_json, epoch_as_json
@@ -203,3 +206,17 @@ def test_what_the_source_writes_is_read(tmp_path: Path) -> None:
         (tmp_path / "facts").write_text(json.dumps(published | {key: huge}))
         with pytest.raises(VolumeError, match="incomplete"):
             read_facts(tmp_path / "facts")
+
+
+def test_a_list_that_is_said_to_be_still_true_is_as_fresh_as_a_new_one(tmp_path: Path) -> None:
+    old = Published(FIRST, "0123456789abcdef", 1, 0, 0, "", NOW_NS - 9_000, ())
+    (tmp_path / changes_name(FIRST)).write_bytes(encode_published(old))
+    published = {
+        "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "stamped_ns": {},
+        "volumes": [],
+    }  # fmt: skip
+    for still_ns, fresh in (({}, False), ({SECOND: NOW_NS}, False), ({FIRST: NOW_NS + 1}, True)):
+        (tmp_path / "facts.json").write_text(json.dumps(published | {"still_ns": still_ns}))
+        found = read_listing(tmp_path, [FIRST])
+        assert found.is_fresh is fresh
+        assert found.changes[FIRST].as_of_ns == (NOW_NS + 1 if fresh else old.as_of_ns)
