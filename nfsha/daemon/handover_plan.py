@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, Final
 
+from nfsha.core import lease
 from nfsha.core.model import Epoch, Role
 from nfsha.daemon.handover_answers import HandoverAnswers
 from nfsha.daemon.shapes import fits
@@ -62,6 +63,7 @@ class Plans:
         self._answers = answers
         self._replication = shell.world.replication
         self._shown: OrderedDict[str, Facts] = OrderedDict()
+        self._asking = ""
         self._answering = ""
         self._task: asyncio.Task[None] | None = None
 
@@ -196,13 +198,16 @@ class Plans:
             return
         number = secrets.token_hex(8)
         clock_s = asyncio.get_running_loop().time
-        latest_s = clock_s() + ANSWER_WITHIN_S
+        began_s = clock_s()
+        silent_s = began_s + ANSWER_WITHIN_S
+        self._asking = number
         self._replication.say(ASKED, {"id": number, "list": all_names})
         try:
-            while clock_s() < latest_s:
+            while clock_s() < min(silent_s, began_s + estimate.WITHIN_S + ANSWER_WITHIN_S):
                 told = self._replication.told.get(TOLD)
                 if isinstance(told, Mapping) and told.get("id") == number:
-                    latest_s = clock_s() + ANSWER_WITHIN_S
+                    if self._heard():  # what it told stays there when it is gone
+                        silent_s = clock_s() + ANSWER_WITHIN_S
                     if "numbers" in told:
                         yield _answer_of(told)
                         return
@@ -210,11 +215,16 @@ class Plans:
                         yield {key: told[key] for key in ("looked_at", "volumes")}
                 await asyncio.sleep(SHOW_EVERY_S / 10)
         finally:
-            self._replication.say(ASKED, None)
+            if self._asking == number:  # else somebody else asks by now
+                self._replication.say(ASKED, None)
         yield {
             "numbers": None,
             "why": f"the other node, which would receive, told nothing for {ANSWER_WITHIN_S:g} s",
         }
+
+    def _heard(self) -> bool:
+        engine = self._shell.engine
+        return engine is not None and lease.peer_heard(engine.state, self._shell.world.clock_ms())
 
     def heard(self, facts: Mapping[str, Any]) -> None:
         """Takes the other node's facts: it may ask for the numbers."""

@@ -496,7 +496,7 @@ class Fetching:
         return replace(ahead, took_ms=self._clocks.now_ms() - began_ms)
 
     async def _looked(self, copy: Copy, found: _Found, longest_s: int) -> Ahead:
-        resync = self._is_resync(copy.uuid, found)
+        began_ms, resync = self._clocks.now_ms(), self._is_resync(copy.uuid, found)
         keeps = resync and not found.here.empty
         folders, why_full = self._choose(copy, Reason(Cause.COMMAND), found, resync=resync)
         request = replace(self._request(copy, found, None), folders=folders, longest_s=longest_s)
@@ -511,7 +511,8 @@ class Fetching:
             self._looks.pop(copy.uuid, None)
         walk = "full" if folders is None else "folders" if folders else "none"
         ahead = estimate.of_volume(copy.uuid, walk, why_full, planned, keeps=keeps)
-        return await self._with_alike(ahead, found, longest_s) if keeps else ahead
+        left_s = longest_s - (self._clocks.now_ms() - began_ms) // 1000
+        return await self._with_alike(ahead, found, max(1, left_s)) if keeps else ahead
 
     async def _with_alike(self, ahead: Ahead, found: _Found, longest_s: int) -> Ahead:
         """With what a resync puts aside although a walk takes it for equal."""

@@ -193,6 +193,21 @@ def test_the_progress_names_pass_bytes_and_what_is_left(daemon: Daemon, capsys: 
     assert render_handover.progress({"held_ms": None, "progress": None}) == ""
 
 
+def test_on_a_terminal_the_progress_is_one_line_in_place(
+    daemon: Daemon, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    goes(
+        daemon, status("PRESYNC", held_ms=None), status("PREPARED", held_ms=250),
+        status("PREPARED", held_ms=350), served_there(),
+    )  # fmt: skip
+    assert main(["switchover", "--yes"]) == Exit.DONE
+    out, _ = said(capsys)
+    lines = [line.rpartition("\r\x1b[K")[2] for line in out.split("\n")]
+    assert "clients held for 350 ms" in out
+    assert not any("clients held for" in line for line in lines)  # all of them were replaced
+
+
 def test_interrupted_it_only_ceases_to_watch(
     daemon: Daemon, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

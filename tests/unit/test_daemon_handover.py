@@ -277,7 +277,22 @@ def test_a_node_that_does_not_answer_ends_the_wait(monkeypatch: pytest.MonkeyPat
     assert asked[1] is None  # no more
 
 
-def test_numbers_of_another_form_are_refused() -> None:
+def test_a_node_that_dies_while_it_looks_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover_plan, "ANSWER_WITHIN_S", 0.3)
+    monkeypatch.setattr(Plans, "_heard", lambda _: False)
+    world = World()
+
+    def told_at_once(key: str, value: object) -> None:
+        if isinstance(value, dict):
+            world.told = {"numbers": {"id": value["id"], "looked_at": 1, "volumes": 2}}
+
+    world.say = told_at_once  # type: ignore[method-assign]
+    answers = asyncio.run(answers_of(plans_of(world), "standby"))
+    assert {"progress": {"looked_at": 1, "volumes": 2}} in answers
+    assert "told nothing" in answers[-1]["why"]
+
+
+def test_numbers_of_another_form_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
 
     def told_at_once(key: str, value: object) -> None:
@@ -285,6 +300,7 @@ def test_numbers_of_another_form_are_refused() -> None:
             world.told = {"numbers": {"id": value["id"], "numbers": {"sum": 5}, "why": ""}}
 
     world.say = told_at_once  # type: ignore[method-assign]
+    monkeypatch.setattr(Plans, "_heard", lambda _: True)
     last = asyncio.run(answers_of(plans_of(world), "standby"))[-1]
     assert last["numbers"] is None
     assert "another form" in last["why"]
