@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nfsha.host import reports
 from tests.netns.copies import Copies
 from tests.netns.lab import Lab
 from tests.netns.test_handover import Moving, source_that_hangs
@@ -34,9 +35,9 @@ def dry_run(copies: Copies, node: str, command: str = "switchover") -> dict[str,
     return plan
 
 
-def refusal(copies: Copies, node: str) -> str:
+def refusal(copies: Copies, node: str, command: str = "switchover") -> str:
     """Why a plan that there never was is refused on a node: for its guards, if one fails."""
-    code, told = ask(copies, node, "switchover", "--plan", "nonsense")
+    code, told = ask(copies, node, command, "--plan", "nonsense")
     assert code == 3
     return str(told["error"])
 
@@ -95,16 +96,15 @@ def write_some(copies: Copies) -> None:
     (here / "gone").unlink()
 
 
-def report_of(copies: Copies, node: str) -> dict[str, Any]:
-    """The newest report that a node keeps; both nodes have both parts of it."""
-    newest: list[dict[str, Any]] = []
+def report_of(copies: Copies, node: str, *, done: bool) -> dict[str, Any]:
+    """The newest report on a node's disk; both nodes have both parts of it."""
+    folder = copies.lab.folder / node / "lib" / reports.FOLDER
 
-    def whole() -> bool:
-        newest[:] = ask(copies, node, "events", "--reports")[1]["reports"][-1:]
-        return bool(newest) and newest[0]["whole"]
+    def newest() -> dict[str, Any]:
+        return reports.as_report(reports.read_reports(folder)[-1])
 
-    copies.wait(whole, "whole report", within_s=5)
-    return dict(ask(copies, node, "events", "--report", newest[0]["id"])[1]["report"])
+    copies.wait(lambda: newest()["whole"] and newest()["done"] is done, "report", within_s=5)
+    return newest()
 
 
 def test_the_numbers_are_true_and_an_approval_is_for_one_plan(lab: Lab) -> None:
@@ -141,9 +141,8 @@ def test_the_numbers_are_true_and_an_approval_is_for_one_plan(lab: Lab) -> None:
     assert "deletions of 151 files" in told["error"]
     assert "NO" in told["error"]
     copies.sync(check=False)
-    copies.wait(lambda: bool(copies.copy()["plan"]), "held deletions")
+    copies.wait(lambda: "waits" in refusal(copies, "a"), "word of what is held")
     for node in ("a", "b"):
-        copies.wait(lambda node=node: "waits" in refusal(copies, node), "word of it")  # type: ignore[misc]
         code, told = ask(copies, node, "switchover", "--plan", first["plan"])
         assert code == 3
         assert "waits for an operator" in told["error"]
@@ -157,20 +156,18 @@ def test_the_numbers_are_true_and_an_approval_is_for_one_plan(lab: Lab) -> None:
     assert code == 0, told
     froze = copies.wait_phase("a", "FREEZING", since_ms=since_ms)
     heard = copies.wait_phase("a", "RETURNED", since_ms=since_ms)
-    reports = [report_of(copies, node) for node in ("a", "b")]
-    assert reports[0] == reports[1]
-    assert reports[0]["done"]
-    assert abs(reports[0]["stall_ms"] - (heard.at_ms - froze.at_ms)) <= BUSY_MS
-    assert reports[0]["receiver"]["volumes"][0]["copied_files"] == 1
+    here_and_there = [report_of(copies, node, done=True) for node in ("a", "b")]
+    told = ask(copies, "b", "events", "--report", here_and_there[0]["id"])[1]["report"]
+    assert here_and_there == [told, told]
+    assert abs(told["stall_ms"] - (heard.at_ms - froze.at_ms)) <= BUSY_MS
+    assert told["receiver"]["volumes"][0]["copied_files"] == 1
     assert "report" in [event.row for event in copies.events("a", since_ms)]
 
     # Of another epoch now; and there is no plan of that name.
     code, told = ask(copies, "b", "failback", "--plan", present)
     assert code == 3
     assert f"plan {present} was approved" in told["error"]
-    code, told = ask(copies, "a", "failback", "--plan", "nonsense")
-    assert code == 3
-    assert "no plan 'nonsense' is known" in told["error"]
+    assert "no plan 'nonsense' is known" in refusal(copies, "a", "failback")
 
     # One that is ended tells why, and how long the clients were held, on both nodes.
     since_ms = copies.now_ms()
@@ -184,10 +181,9 @@ def test_the_numbers_are_true_and_an_approval_is_for_one_plan(lab: Lab) -> None:
     assert moving.code == 4, moving.told
     assert "the operator ended it" in moving.told
     froze = copies.wait_phase("b", "FREEZING", since_ms=since_ms)
-    reports = [report_of(copies, node) for node in ("a", "b")]
-    assert reports[0] == reports[1]
-    assert not reports[0]["done"]
-    assert abs(reports[0]["stall_ms"] - (served.at_ms - froze.at_ms)) <= BUSY_MS
+    here_and_there = [report_of(copies, node, done=False) for node in ("a", "b")]
+    assert here_and_there[0] == here_and_there[1]
+    assert abs(here_and_there[0]["stall_ms"] - (served.at_ms - froze.at_ms)) <= BUSY_MS
 
 
 def test_what_goes_to_quarantine_is_named_before(lab: Lab) -> None:
@@ -226,4 +222,4 @@ def test_what_goes_to_quarantine_is_named_before(lab: Lab) -> None:
     assert "3 in quarantine" in done.stdout
     kept = [path.name for path in (copies.here("a") / ".nfsha-quarantine").rglob("tree/*")]
     assert sorted(kept) == ["alike", "both", "only-here"]
-    assert report_of(copies, "a")["receiver"]["volumes"][0]["quarantined"] == 3
+    assert report_of(copies, "a", done=True)["receiver"]["volumes"][0]["quarantined"] == 3
