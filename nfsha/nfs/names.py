@@ -32,7 +32,7 @@ class Resolver:
     async def addresses_of(self, host: str) -> tuple[IPAddress, ...]:
         """The address that the text is, or the first of each family that the name has; or none."""
         with contextlib.suppress(ValueError):
-            return (ip_address(host),)
+            return (_plain(host),)
         return await self._ask(lambda: _addresses_of(host), ())
 
     async def name_of(self, address: IPAddress) -> str:
@@ -69,9 +69,15 @@ def _addresses_of(host: str) -> tuple[IPAddress, ...]:
         return ()
     firsts: dict[int, IPAddress] = {}
     for *_, place in found:
-        address = ip_address(str(place[0]).partition("%")[0])
+        address = _plain(str(place[0]))
         firsts.setdefault(address.version, address)
     return tuple(firsts.values())
+
+
+def _plain(text: str) -> IPAddress:
+    """Without a zone; the IPv4 address that a mapped one stands for (RFC 4291, 2.5.5.2)."""
+    found = ip_address(text.partition("%")[0])
+    return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
 
 
 def _name_of(address: IPAddress) -> str:

@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 
+from nfsha.nfs import statd
+from nfsha.nfs.names import Resolver
 from nfsha.nfs.nsm import OUTGOING_PORT, Teller
 from nfsha.nfs.rpc import RpcResult
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
+from tests.netns.labkit import nsm
 from tests.netns.labkit.network import PLACES, VIP
+from tests.netns.labkit.nfs_server import NfsServer, ganesha_config, make_disks
 from tests.netns.labkit.nsm import CALLBACK, LOCKS, STATUS, Told, calls, listen, watch
 from tests.netns.labkit.place import Place, Process
+from tests.netns.labkit.udp_client import UdpMount
 from tests.netns.namespaces import inside
 
 pytestmark = pytest.mark.timeout(120)
@@ -44,9 +49,9 @@ def start_rpcbind(place: Place) -> None:
 
 
 def start_statd(place: Place, port: int = STATD_PORT) -> Process:
-    statd = place.spawn(["rpc.statd", "-F", "-d", "-L", "-p", str(port)], name="statd")
+    daemon = place.spawn(["rpc.statd", "-F", "-d", "-L", "-p", str(port)], name="statd")
     wait(lambda: f" {port}" in place.run("rpcinfo", "-p").stdout, "statd in the list of rpcbind")
-    return statd
+    return daemon
 
 
 # ------------------------------------------------------------------ against the real programs
@@ -81,10 +86,45 @@ def test_real_rpcbind_and_statd_understand_it_over_both_families(place: Place) -
     start_rpcbind(place)
     unregistered = str(tell(place, VIP, "127.0.0.1"))
     assert unregistered.endswith("no statd is registered with rpcbind there")
-    statd = start_statd(place)
+    daemon = start_statd(place)
     for vip, client in ((VIP, "127.0.0.1"), ("::1", "::1")):
         assert str(tell(place, vip, client)) == "answered"
-        wait(lambda vip=vip: f"SM_NOTIFY from {vip} " in statd.output(), "the word of statd")  # type: ignore[misc]
+        wait(lambda vip=vip: f"SM_NOTIFY from {vip} " in daemon.output(), "the word of statd")  # type: ignore[misc]
+
+
+def test_ganesha_has_statd_keep_the_list_and_gives_no_lock_back_after_its_grace(
+    tmp_path: Path,
+) -> None:
+    """What docs/nfs.md and docs/limits.md rest on."""
+    disks = make_disks(tmp_path, ("server",), ("volume",), size_mib=16)
+    place = Place("server", f"locks-{os.getpid()}", tmp_path / "server", disks["server"])
+    try:
+        place.make_namespace()
+        place.boot()
+        start_rpcbind(place)
+        start_statd(place)
+        config = ganesha_config(["/nfs/volume"], "3", udp=True)
+        config = config.replace("Enable_NLM = false;", "Enable_NLM = true;")
+        place.path("/etc/ganesha/ganesha.conf").write_text(config)
+        server = NfsServer(place, ["/nfs/volume"])
+        server.start_on_what_is_there()
+        handle = place.inside(lambda: _handle("127.0.0.1", "/nfs/volume", "file"))
+        assert nsm.lock(place, handle, reclaim=True) == nsm.DENIED_GRACE_PERIOD
+        folder = place.path("/var/lib/nfs/sm")
+        assert statd.read([folder]) == ()
+        assert nsm.lock(place, handle) == nsm.GRANTED
+        (holder,) = statd.read([folder])
+        assert asyncio.run(Resolver().addresses_of(holder)) == (ip_address("127.0.0.1"),)
+    finally:
+        place.remove()
+
+
+def _handle(server: str, export: str, name: str) -> bytes:
+    mount = UdpMount(server, export, cap_s=20.0)
+    try:
+        return mount.lookup(name, create=True)
+    finally:
+        mount.close()
 
 
 # ------------------------------------------------------------------ a pair

@@ -115,7 +115,7 @@ def test_each_is_told_until_it_answers_and_no_longer_than_the_schedule() -> None
 
 def test_a_client_is_told_from_the_vips_of_its_family_under_all_their_names() -> None:
     four, six = FakeTeller(VIP4), FakeTeller(VIP6)
-    told([four, six], ["192.0.2.1", "2001:db8::1"], {VIP4: "nfs.example"})
+    told([four, six], ["::ffff:192.0.2.1", "2001:db8::1"], {VIP4: "nfs.example"})
     assert four.told == [("192.0.2.1", "192.0.2.10", 7), ("192.0.2.1", "nfs.example", 7)]
     assert six.told == [("2001:db8::1", "2001:db8::10", 7)]
 

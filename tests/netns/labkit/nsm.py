@@ -25,7 +25,9 @@ STATUS = 100024  # X/Open, XNFS 3W, chapter 11
 LOCKS = 100021  # the same, chapter 10
 CALLBACK = 16  # the procedure that Linux' lockd is called back by (fs/lockd/svcproc.c)
 _RPCBIND, _PMAP_SET, _UDP = 100000, 1, 17  # RFC 1833, section 3
-_SM_MON = 2
+_SM_MON, _NLM_LOCK = 2, 2
+LOCKD_PORT = 20050
+GRANTED, DENIED_GRACE_PERIOD = 0, 4  # nlm4_stats
 _PRIV = b"the test's secret"[:16]
 _WITHIN_S = 10.0
 
@@ -64,15 +66,32 @@ def watch(place: Place, statd_port: int, whom: str) -> None:
         raise LabError(f"statd of {place.name} does not watch {whom}")
 
 
-def _text(text: str) -> bytes:
-    data = text.encode()
+def lock(place: Place, handle: bytes, *, reclaim: bool = False) -> int:
+    """Asks the lock manager of a place for a lock on a whole file; its answer (NLM4_LOCK).
+
+    X/Open, XNFS 3W, chapter 10; the version for NFS v3: RFC 1813, appendix II.
+    """
+    asked = _text("cookie") + struct.pack(">2I", 0, 1)  # does not wait, exclusive
+    asked += _text("client") + _opaque(handle) + _text("owner") + struct.pack(">IQQ", 1, 0, 0)
+    asked += struct.pack(">2I", reclaim, 1)
+    results = place.inside(lambda: _call("127.0.0.1", LOCKD_PORT, LOCKS, 4, _NLM_LOCK, asked))
+    return int(struct.unpack_from(">I", results, 4 + len("cookie") + 2)[0])
+
+
+def _opaque(data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + data + bytes(-len(data) % 4)
+
+
+def _text(text: str) -> bytes:
+    return _opaque(text.encode())
 
 
 def _call(host: str, port: int, program: int, version: int, procedure: int, args: bytes) -> bytes:
     """One call from a privileged port, which statd and rpcbind ask for; what it returned."""
     xid = secrets.randbits(32)
-    header = struct.pack(">10I", xid, 0, 2, program, version, procedure, 0, 0, 0, 0)
+    # AUTH_SYS as root: stamp, no machine name, uid, gid, no groups
+    root = struct.pack(">I", 1) + _opaque(struct.pack(">5I", 0, 0, 0, 0, 0)) + bytes(8)
+    header = struct.pack(">6I", xid, 0, 2, program, version, procedure) + root
     with _privileged() as sock:
         sock.settimeout(_WITHIN_S)
         sock.sendto(header + args, (host, port))
