@@ -41,8 +41,14 @@ MAX_RUNS = 20
 PAUSE_S = 2.0
 """The clients work for so long before the move: all 20 files have changed since the approach."""
 
+AGED_S = 61.0
+"""A failback compares by content what changed since a minute before the takeover. Of a large tree
+that was made just now that would be all."""
+
+_YOUNG_FILES = 100_000
 _FREE_BYTES = 20 << 30
 _READ_S = 60.0
+_SHOWN = 10
 
 
 class Bench:
@@ -94,9 +100,12 @@ class Bench:
             if nfsha is not None:
                 nfsha.pair_up()
             _make_both(lab, tree)
+            made_s = time.monotonic()
             if nfsha is not None:
                 nfsha.begin()
                 nfsha.copy()
+                if tree.files > _YOUNG_FILES:
+                    time.sleep(max(0.0, made_s + AGED_S - time.monotonic()))
                 self._rounds(nfsha, tree)
                 self._compare(nfsha, tree)
                 nfsha.end()
@@ -143,9 +152,17 @@ class Bench:
     def _compare(self, nfsha: Nfsha, tree: Tree) -> None:
         self._say("comparing both copies of nfsha")
         nfsha.copy()
-        roots = [node.path(f"/nfs/{tree.volume}") for node in (nfsha.lab.a, nfsha.lab.b)]
-        found = differences(*roots, limit=10)
-        self.findings.equalities.append(Equality(tree.files, tuple(found)))
+        left, right = (node.path(f"/nfs/{tree.volume}") for node in (nfsha.lab.a, nfsha.lab.b))
+        here, there = (
+            {one.name for one in root.iterdir() if not one.name.startswith(".nfsha-")}
+            for root in (left, right)
+        )
+        found = [f"{name}: on one side only" for name in sorted(here ^ there)]
+        pairs = [(left / name, right / name) for name in sorted(here & there)]
+        with ProcessPoolExecutor(max_workers=2) as pool:
+            for one in pool.map(_differences, pairs, chunksize=20):
+                found += one
+        self.findings.equalities.append(Equality(tree.files, tuple(found[:_SHOWN])))
 
     def _say(self, words: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._began_s), 60)
@@ -199,6 +216,10 @@ def _make_both(lab: Lab, tree: Tree) -> None:
         for made in [pool.submit(make, tree, root, when_ns) for root in roots]:
             made.result()
     os.sync()
+
+
+def _differences(pair: tuple[Path, Path]) -> list[str]:
+    return [f"{pair[0].name}: {one}" for one in differences(*pair, limit=_SHOWN)]
 
 
 def _facts() -> dict[str, str]:

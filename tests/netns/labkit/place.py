@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 MARK = "NFSHA_LAB"  # in the environment of everything that a lab starts
 _READY_S = 30.0
 _REAP_S = 10.0
+_UNMOUNT_S = 60.0  # the last process unmounts the disks: seconds, with a million files in memory
 
 _Result = TypeVar("_Result")
 
@@ -272,8 +273,8 @@ class Place:
             return
         self._holder.kill()
         for process in self.processes:  # the pid namespace waits for us to reap our children
-            process.wait(_REAP_S)
-        self._holder.wait(_REAP_S)
+            process.wait(_UNMOUNT_S)
+        self._holder.wait(_UNMOUNT_S)
         for stream in (self._holder.stdin, self._holder.stdout):
             if stream is not None:
                 stream.close()
