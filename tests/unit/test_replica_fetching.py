@@ -10,7 +10,10 @@ from typing import Any, cast
 from nfsha.core.model import Epoch, Role
 from nfsha.replica.copying import Copy
 from nfsha.replica.fetching import Fetching
+from nfsha.replica.listing import Listing
+from nfsha.replica.published import Published
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason
+from nfsha.replica.source_facts import SourceFacts
 
 EPOCH = Epoch(1, "00000000000000aa", Role.PRIMARY)
 
@@ -101,3 +104,22 @@ def test_a_volume_that_goes_while_its_pass_fails_ends_no_daemon() -> None:
         await passes.stop()
 
     asyncio.run(scene())
+
+
+def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> None:
+    class Listed(Passes):
+        def __init__(self, *as_of_ns: int) -> None:
+            super().__init__()
+            self.as_of_ns = list(as_of_ns)
+
+        async def _list_once(self, epoch: Epoch) -> Listing:
+            changes = Published("v", "00000000000000cc", 1, 0, 0, "", self.as_of_ns.pop(0), ())
+            return Listing(SourceFacts(epoch, 100, (), {}), {"v": changes})
+
+    async def scene(*as_of_ns: int) -> tuple[bool, int]:
+        passes = Listed(*as_of_ns)
+        return (await passes.list_all(EPOCH)).is_fresh, len(passes.as_of_ns)
+
+    assert asyncio.run(scene(100, 1)) == (True, 1)
+    assert asyncio.run(scene(99, 99, 101)) == (True, 0)
+    assert asyncio.run(scene(99, 99, 99, 101)) == (False, 1)
