@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 SOCKET_NAME = "nfsha.sock"
 MAX_EVENTS = 1000
 CONTROL_TIMEOUT_S = 10.0
+APPROVED_AT_ONCE_MS = 2000
+"""A plan that is approved so soon (`--yes`) rests on the look that was made for it."""
 
 Facts = dict[str, Any]
 
@@ -108,9 +110,10 @@ class Answers:
         if command == "report":
             return {"report": moves.report(_text(args, "id"))}
         to = _role(args, "to")
-        await self._plans.look()
         if command == "handover-plan":
+            await self._plans.look()
             return self._plans.plan(to)
+        await self._plans.look(young_ms=APPROVED_AT_ONCE_MS)
         self._plans.require(to, _text(args, "plan"))
         return await self._obey(who, CommandKind.HANDOVER, to=to)
 

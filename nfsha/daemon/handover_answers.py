@@ -26,12 +26,13 @@ class HandoverAnswers:
     def __init__(self, shell: Shell) -> None:
         self._shell = shell
 
-    async def look(self) -> None:
+    async def look(self, *, young_ms: int = 0) -> None:
         """Has both nodes look at themselves, so that the guards judge what is so now.
 
-        Takes half a second, and `nfs_facts.ANSWER_WITHIN_S` where the other node does not answer.
+        Unless they did so for a question of at most `young_ms` ago. Takes half a second, and
+        `nfs_facts.ANSWER_WITHIN_S` where the other node does not answer.
         """
-        await self._shell.world.nfs_facts.ask()
+        await self._shell.world.nfs_facts.ask(young_ms=young_ms)
 
     def plan(self, to: Role) -> Facts:
         """The table of guards for a move to the node of this role, by the last look."""

@@ -69,9 +69,12 @@ class Plans:
 
     # ------------------------------------------------------------- the plan
 
-    async def look(self) -> None:
-        """Has both nodes look at themselves, so that what is judged next is so now."""
-        await self._answers.look()
+    async def look(self, *, young_ms: int = 0) -> None:
+        """Has both nodes look at themselves, so that what is judged next is so now.
+
+        A look of at most `young_ms` ago will do.
+        """
+        await self._answers.look(young_ms=young_ms)
 
     def plan(self, to: Role, numbers: Facts | None = None) -> Facts:
         """All guards, with the id of the plan; with the numbers what they forbid, too."""

@@ -146,7 +146,7 @@ class NfsFacts:
         self.refused = ""
         """Why the last facts that came were not taken; "" when they were."""
         self._asks = 0
-        self._asked_wall_ns = 0
+        self._asked_ms = self._asked_wall_ns = 0
         self._answers = 0
         self._bell = asyncio.Event()
         self._news = asyncio.Event()
@@ -204,12 +204,17 @@ class NfsFacts:
         answer = came.told.answers == self._asks != 0 and came.told.seen is not None
         return Heard(came.told, came.at_ms, came.wall_ns, answer, self._asked_wall_ns)
 
-    async def ask(self) -> None:
+    async def ask(self, *, young_ms: int = 0) -> None:
         """Has both nodes look at themselves now, and waits for both; `ANSWER_WITHIN_S` at most.
 
-        It does not wait for a node that is not heard when it is asked.
-        What did not come is as old as it was: `heard.answer` says so.
+        Answers to a question that was asked no longer than `young_ms` ago will do. It does not wait
+        for a node that is not heard when it is asked. What did not come is as old as it was:
+        `heard.answer` says so.
         """
+        now_ms = self._clock_ms()
+        if self._asks and now_ms - self._asked_ms < young_ms and self._settled(alone=False):
+            return
+        self._asked_ms = now_ms
         self._asks = secrets.randbits(62) + 1  # never that of a former life of this node
         self._asked_wall_ns = time.time_ns()
         alone = not self._peer_heard
