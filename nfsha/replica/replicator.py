@@ -269,7 +269,8 @@ class Replicator:
 
     async def _take_sides(self) -> None:
         flow = self._flow
-        if not isinstance(flow, Offer) or self.serving.epoch not in (None, flow.epoch):
+        ending = self._serving_task is not None and self._serving_task.cancelling()
+        if not isinstance(flow, Offer) or self.serving.epoch not in (None, flow.epoch) or ending:
             await self._end_serving()
         if not isinstance(flow, FETCHES) or self.fetching.epoch not in (None, flow.epoch):
             self._end_fetching()

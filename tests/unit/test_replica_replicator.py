@@ -28,6 +28,7 @@ from nfsha.replica.marks import MarkStore
 from nfsha.replica.pull import Pull
 from nfsha.replica.replicator import Ends, ReplicaError, Replicator
 from nfsha.replica.schedule import Kind, Reason
+from nfsha.replica.serving import Serving
 from nfsha.replica.survey import Survey
 from nfsha.replica.volume_facts import VolumeFacts
 from tests.unit.test_replica_marks import EPOCH, FIRST, SECOND, facts, mark
@@ -320,3 +321,34 @@ def test_clients_are_not_held_for_a_disk_that_hangs(
     stuck, gone = asyncio.run(scene())
     assert ("disk sleep" if hangs == "process" else "threads of this process") in stuck
     assert gone == ""
+
+
+def test_who_serves_on_after_a_moment_without_offers_its_volumes_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A freeze that is ended takes a moment, and the conductor may be busy all through it."""
+    offering: list[Epoch] = []
+
+    async def run(serving: Serving, epoch: Epoch) -> None:
+        serving.epoch = epoch
+        offering.append(epoch)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            offering.remove(epoch)
+            serving.epoch = None
+
+    monkeypatch.setattr(Serving, "run", run)
+    world.may_look.set()
+
+    async def scene() -> None:
+        async with world.replicator() as one:
+            one.follow(Offer(EPOCH), EPOCH)
+            await turns()
+            assert offering == [EPOCH]
+            one.follow(Rest("the freeze was ended"), EPOCH)
+            one.follow(Offer(EPOCH), EPOCH)
+            await turns()
+            assert offering == [EPOCH]
+
+    asyncio.run(scene())
