@@ -112,7 +112,7 @@ def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> No
             super().__init__()
             self.as_of_ns = list(as_of_ns)
 
-        async def _list_once(self, epoch: Epoch) -> Listing:
+        async def _list_once(self, epoch: Epoch, folder: str) -> Listing:
             changes = Published("v", "00000000000000cc", 1, 0, 0, "", self.as_of_ns.pop(0), ())
             return Listing(SourceFacts(epoch, 100, (), {}), {"v": changes})
 
