@@ -18,7 +18,8 @@ from nfsha.core.replication import Approach, Finish, Flow
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.convergence import Convergence, Took
 from nfsha.replica.copying import State
-from nfsha.replica.fetching import TROUBLES, Fetching, RefusedError
+from nfsha.replica.fetching import Fetching
+from nfsha.replica.guards import TROUBLES, RefusedError
 from nfsha.replica.listing import Listing
 from nfsha.replica.marks import Mark
 from nfsha.replica.schedule import Cause, Kind, Reason
@@ -150,7 +151,7 @@ class Receiving:
         `walked`: the volumes of which all was compared, and the giver's journal knows what changed
         since. The others are walked first.
         """
-        if lacking := self._fetching.lacking():
+        if lacking := self._fetching.proving.lacking():
             return lacking
         if not (left := self._fetching.copies.keys() - walked):
             return await self._round_of_changes(epoch, near, walked)
@@ -162,7 +163,7 @@ class Receiving:
     async def _round_of_changes(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
         began_ms = self._clocks.now_ms()
         try:
-            listing = await self._fetching.list_all(epoch)
+            listing = await self._fetching.finding.list_all(epoch)
         except (RefusedError, *TROUBLES) as error:
             return str(error)
         changed: dict[str, tuple[bytes, ...]] = {}
@@ -233,7 +234,7 @@ class Receiving:
     async def _finish(self, step: Finish) -> None:
         """One fetch for all volumes before the last passes, and one after the proof of them."""
         self._fetching.careful = False  # the proof itself reads all that the last pass looks at
-        if lacking := self._fetching.lacking():
+        if lacking := self._fetching.proving.lacking():
             raise FarError(lacking)
         volumes = tuple(self._fetching.copies)
         frozen = await self._list(step.epoch)
@@ -254,11 +255,11 @@ class Receiving:
         if alone:
             raise FarError(f"the giver has volumes without a copy here: {', '.join(alone)}")
         for uuid in volumes:
-            self._refuse(uuid, await self._fetching.vouch(uuid, step.epoch, last))
+            self._refuse(uuid, await self._fetching.proving.vouch(uuid, step.epoch, last))
 
     async def _list(self, epoch: Epoch) -> Listing:
         try:
-            return await self._fetching.list_all(epoch)
+            return await self._fetching.finding.list_all(epoch)
         except (RefusedError, *TROUBLES) as error:
             raise FarError(str(error)) from error
 
@@ -267,7 +268,7 @@ class Receiving:
     ) -> None:
         uuid, folders = changed
         async with at_once:
-            self._refuse(uuid, await self._fetching.compare(uuid, epoch, folders))
+            self._refuse(uuid, await self._fetching.proving.compare(uuid, epoch, folders))
 
     def _refuse(self, uuid: str, difference: str) -> None:
         if difference:

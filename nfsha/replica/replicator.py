@@ -135,8 +135,8 @@ class Replicator:
             watch=watch,
         )
         self.estimating = Estimating(
-            self.fetching.list_ahead,
-            self.fetching.look_ahead,
+            self.fetching.proving.list_ahead,
+            self.fetching.proving.look_ahead,
             parallel=settings.sync.parallel,
             clocks=clocks,
             watch=watch,

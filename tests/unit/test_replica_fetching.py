@@ -10,6 +10,7 @@ from typing import Any, cast
 from nfsha.core.model import Epoch, Role
 from nfsha.replica.copying import Copy
 from nfsha.replica.fetching import Fetching
+from nfsha.replica.finding import Finding
 from nfsha.replica.listing import Listing
 from nfsha.replica.published import Published
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason
@@ -94,22 +95,22 @@ def test_a_volume_that_goes_while_its_pass_fails_ends_no_daemon() -> None:
     async def scene() -> None:
         passes = Failing()
         known = SimpleNamespace(name_of=lambda uuid: uuid, by_uuid=lambda _: None)
-        passes._inventory = cast("Any", known)
+        passes.inventory = cast("Any", known)
         passes.start()
         passes.know("gone")
         passes.begin(EPOCH)
         assert await passes.schedule.make("gone", Reason(Cause.COMMAND))
         assert passes.made == [("gone", Kind.ORDINARY)]
-        assert "not mounted here any more" in await passes.compare("gone", EPOCH, (b".",))
+        assert "not mounted here any more" in await passes.proving.compare("gone", EPOCH, (b".",))
         await passes.stop()
 
     asyncio.run(scene())
 
 
 def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> None:
-    class Listed(Passes):
+    class Listed(Finding):
         def __init__(self, *as_of_ns: int) -> None:
-            super().__init__()
+            super().__init__(Passes())
             self.as_of_ns = list(as_of_ns)
 
         async def _list_once(self, epoch: Epoch, folder: str) -> Listing:
@@ -117,8 +118,8 @@ def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> No
             return Listing(SourceFacts(epoch, 100, (), {}), {"v": changes})
 
     async def scene(*as_of_ns: int) -> tuple[bool, int]:
-        passes = Listed(*as_of_ns)
-        return (await passes.list_all(EPOCH)).is_fresh, len(passes.as_of_ns)
+        finding = Listed(*as_of_ns)
+        return (await finding.list_all(EPOCH)).is_fresh, len(finding.as_of_ns)
 
     assert asyncio.run(scene(100, 1)) == (True, 1)
     assert asyncio.run(scene(99, 99, 101)) == (True, 0)

@@ -17,7 +17,8 @@ from nfsha.replica import receiving as receiving_module
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.convergence import Convergence, Took
 from nfsha.replica.copying import Copy, State
-from nfsha.replica.fetching import Fetching, RefusedError
+from nfsha.replica.fetching import Fetching
+from nfsha.replica.guards import RefusedError
 from nfsha.replica.listing import Listing, names_in, read_listing
 from nfsha.replica.marks import Mark
 from nfsha.replica.published import Published, encode_published
@@ -53,6 +54,7 @@ class Source:
 
     def __init__(self, *uuids: str) -> None:
         self.copies = {uuid: Copy(uuid) for uuid in uuids}
+        self.proving = self.finding = self
         self.marks: dict[str, Mark] = {}
         self.lists: dict[str, Published] = {uuid: published(uuid, 0, {}) for uuid in uuids}
         self.now_ms = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import threading
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,6 @@ from nfsha.replica.copying import Copy, State
 from nfsha.replica.exchange import own_facts
 from nfsha.replica.fetching import END_WITHIN_S, Fetching
 from nfsha.replica.marks import MarkStore
-from nfsha.replica.pull import Pull
 from nfsha.replica.replicator import Ends, ReplicaError, Replicator
 from nfsha.replica.schedule import Kind, Reason
 from nfsha.replica.serving import Serving
@@ -301,21 +301,21 @@ def test_clients_are_not_held_for_a_disk_that_hangs(
         async with world.replicator() as one:
             given = Epoch(EPOCH.number + 1, "00000000000000bb", EPOCH.authority.other)
             one.follow(Finish(EPOCH, given), EPOCH)
-            writing = None
-            if hangs == "process":
-                one.fetching._pulls[FIRST] = cast("Pull", Stuck())
-            else:
-                writing = asyncio.ensure_future(one.fetching._write(thawed.wait))
-            await turns()
-            one.follow(Rest("it is proved"), EPOCH)
-            try:
-                async with asyncio.timeout(END_WITHIN_S / 2):
-                    stuck = await one.stop_receivers()
-            finally:
-                thawed.set()
-            if writing is not None:
-                await writing
-            one.fetching._pulls.clear()
+            with contextlib.ExitStack() as hanging:
+                writing = None
+                if hangs == "process":
+                    hanging.enter_context(one.fetching.under_way.noted(FIRST, Stuck()))
+                else:
+                    writing = asyncio.ensure_future(one.fetching.under_way.write(thawed.wait))
+                await turns()
+                one.follow(Rest("it is proved"), EPOCH)
+                try:
+                    async with asyncio.timeout(END_WITHIN_S / 2):
+                        stuck = await one.stop_receivers()
+                finally:
+                    thawed.set()
+                if writing is not None:
+                    await writing
             return stuck, await one.stop_receivers()
 
     stuck, gone = asyncio.run(scene())

@@ -24,7 +24,7 @@ from nfsha.core.model import Action, Announce, Input, Numbered, Result, SendHear
 from nfsha.core.replication import Fetch, Flow, Offer, Rest
 from nfsha.daemon.executors import Executors
 from nfsha.replica import volumes
-from nfsha.replica.fetching import Fetching
+from nfsha.replica.finding import Finding
 from nfsha.replica.replicator import Replicator
 from nfsha.replica.schedule import Cause, Reason, Schedule
 from tests.netns.labkit.stepped_actions import LAST, PASS, PROOF, STAMP, Namer, data_action, of_flow
@@ -116,7 +116,7 @@ class Stepped:
         _replace(Executors, "_on_lock", done_on_lock)
 
     def _watch_replication(self) -> None:
-        follow, make, list_all = Replicator.follow, Schedule.make, Fetching.list_all
+        follow, make, list_all = Replicator.follow, Schedule.make, Finding.list_all
         stamp = volumes.write_stamp
 
         def followed(replicator: Replicator, flow: Flow, *more: Any) -> None:
@@ -132,12 +132,12 @@ class Stepped:
             self._gate.at(AFTER, name)
             return done
 
-        async def listed(fetching: Fetching, *args: Any) -> Any:
+        async def listed(finding: Finding, *args: Any) -> Any:
             # In the freeze once before the last pass, and once more for the proof.
             self._lists += 1
             name = self._of_data(LAST if self._lists == 1 else PROOF)
             self._gate.at(BEFORE, name)
-            listing = await list_all(fetching, *args)
+            listing = await list_all(finding, *args)
             self._gate.at(AFTER, name)
             return listing
 
@@ -149,7 +149,7 @@ class Stepped:
 
         _replace(Replicator, "follow", followed)
         _replace(Schedule, "make", made)
-        _replace(Fetching, "list_all", listed)
+        _replace(Finding, "list_all", listed)
         _replace(volumes, "write_stamp", stamped)
 
     def _of_data(self, what: str) -> str:
