@@ -133,10 +133,12 @@ def progress(move: Facts) -> str:
     """How far the step is, in one line: the pass, its bytes, what is left; "" where unknown."""
     now = move.get("progress") or {}
     parts = []
-    if now.get("round"):
-        what = _ROUNDS.get(str(now.get("what")), str(now.get("what")))
+    if now.get("round") and now.get("what"):
+        what = _ROUNDS.get(str(now["what"]), str(now["what"]))
         volumes = count(now.get("volumes", 0), "volume")
-        parts.append(f"pass {now['round']} of {volumes} ({printable(what)})")
+        parts.append(f"pass {now['round']} ({printable(what)}, {volumes})")
+    elif now.get("round"):
+        parts.append(f"pass {now['round']} has ended")
     if now.get("bytes"):
         total = f" of {size(now['total_bytes'])}" if now.get("total_bytes") else ""
         parts.append(f"{size(now['bytes'])}{total}")

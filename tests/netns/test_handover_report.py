@@ -218,7 +218,7 @@ def test_what_goes_to_quarantine_is_named_before(lab: Lab) -> None:
         assert plan["numbers"]["sum"]["copy_files"] == 3
     done = copies.lab.b.nfsha("failback", "--yes", check=False, timeout_s=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pass 1 of 1 volume (full walk)" in done.stdout  # as the receiver told it
+    assert "pass 1 (full walk, 1 volume)" in done.stdout  # as the receiver told it
     assert "3 in quarantine" in done.stdout
     kept = [path.name for path in (copies.here("a") / ".nfsha-quarantine").rglob("tree/*")]
     assert sorted(kept) == ["alike", "both", "only-here"]

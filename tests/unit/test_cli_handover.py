@@ -188,7 +188,9 @@ def test_the_progress_names_pass_bytes_and_what_is_left(daemon: Daemon, capsys: 
         status("PREPARED", held_ms=250), served_there(),
     )  # fmt: skip
     assert main(["switchover", "--yes"]) == Exit.DONE
-    assert "pass 2 of 3 volumes (what changed), 4.0 MB of 9.0 MB, 12 s left" in said(capsys)[0]
+    assert "pass 2 (what changed, 3 volumes), 4.0 MB of 9.0 MB, 12 s left" in said(capsys)[0]
+    between = {"progress": {**move, "what": "", "bytes": 0, "eta_s": None}, "held_ms": None}
+    assert render_handover.progress(between) == "pass 2 has ended"
     assert render_handover.progress({"held_ms": 250}) == "clients held for 250 ms"
     assert render_handover.progress({"held_ms": None, "progress": None}) == ""
 
