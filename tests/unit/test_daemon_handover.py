@@ -170,7 +170,7 @@ class World:
     def say(self, key: str, value: object) -> None:
         self.said.append((key, value))
 
-    async def look(self) -> None:
+    async def look(self, *, young_ms: int = 0) -> None:
         self.said.append(("looked", None))
 
     def plan(self, to: Role) -> Facts:
