@@ -70,5 +70,4 @@ class HandoverAnswers:
         return Copies(
             pairs=inventory.pairs(),
             told=inventory.there is not None,
-            paused=replicator.fetching.schedule.paused and not replicator.serves,
         )

@@ -32,7 +32,6 @@ class Copies:
 
     pairs: Sequence[Pair]
     told: bool
-    paused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +179,6 @@ def _volumes(view: View) -> Iterator[Guarded]:
     bad += _unmounted(view, copies.pairs)
     count = len(copies.pairs)
     yield judged("volumes", bad, f"{count} volumes, the same on both nodes")
-    yield Guarded(
-        "passes",
-        not copies.paused,
-        "paused here: `nfsha sync --resume`" if copies.paused else "not paused here",
-    )
 
 
 def _of_receiver(view: View, pair: Pair, epoch: Epoch | None) -> Iterator[str]:

@@ -66,7 +66,8 @@ class Told:
 
     `held` are the VIPs on its interface by the kernel's word; `seen`, who answers for them on the
     wire, by link address; `hindrances`, what would end a handover on its side (`Replicator`);
-    `copied_ns`, when the oldest of the last complete passes into it began, by the source's clock.
+    `copied_ns`, when the oldest of the last complete passes into it began, by the source's clock;
+    `paused`, whether an operator holds its passes back.
     """
 
     answers: int
@@ -81,6 +82,7 @@ class Told:
     rsync_refused: str
     hindrances: tuple[str, ...]
     copied_ns: int
+    paused: bool
     served: Served
 
 
@@ -276,6 +278,7 @@ class NfsFacts:
             rsync_refused=rsync.refused,
             hindrances=tuple(hindrances[:_SENTENCES_MAX]),
             copied_ns=copied_ns,
+            paused=replicator is not None and replicator.paused,
             served=found,
         )
 
@@ -404,6 +407,7 @@ def as_json(told: Told) -> Document:
         "rsync_refused": told.rsync_refused,
         "hindrances": list(told.hindrances),
         "copied_ns": told.copied_ns,
+        "paused": told.paused,
         "served": served.as_json(told.served),
     }
 
@@ -426,6 +430,7 @@ def from_json(document: object) -> Told:
         rsync_refused=fields.text("rsync_refused"),
         hindrances=fields.texts("hindrances", _SENTENCES_MAX),
         copied_ns=fields.number("copied_ns", _NUMBER_MAX),
+        paused=fields.flag("paused"),
         served=fields.given("served", served.from_json),
     )
 

@@ -175,6 +175,12 @@ def _rsync(both: Both) -> Guarded:
     return judged("rsync", bad, f"{here.rsync} here, {there.rsync} there")
 
 
+def _passes(both: Both) -> Guarded:
+    paused = both.receiver.paused
+    words = f"paused {both.receiving}: `nfsha sync --resume` {both.receiving}"
+    return Guarded("passes", not paused, words if paused else f"not paused {both.receiving}")
+
+
 def _hindrances(both: Both) -> Guarded:
     here, there = both.here, both.there
     bad = [
@@ -261,5 +267,6 @@ GUARDS: Mapping[str, Callable[[Both], Guarded]] = {
     "exports": _exports,
     "file handles": _handles,
     "rsync": _rsync,
+    "passes": _passes,
     "copies": _hindrances,
 }

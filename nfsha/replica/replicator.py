@@ -470,6 +470,11 @@ class Replicator:
             if self._hinders(copy)
         ]
 
+    @property
+    def paused(self) -> bool:
+        """Whether an operator holds the passes into this node back."""
+        return self.fetching.schedule.paused and not self.serves
+
     def copied_ns(self) -> int:
         """When the oldest of the last complete passes began, by the source's clock.
 

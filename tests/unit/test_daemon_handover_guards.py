@@ -59,6 +59,7 @@ def told(role: Role) -> Told:
         rsync_refused="",
         hindrances=(),
         copied_ns=0 if giver else NOW_NS - 3 * SECOND_NS,
+        paused=False,
         served=served(role),
     )
 
@@ -91,7 +92,7 @@ def view() -> View:
         own=told(Role.PRIMARY),
         heard=heard,
         refused="",
-        copies=Copies((pair(volume(), volume()),), told=True, paused=False),
+        copies=Copies((pair(volume(), volume()),), told=True),
     )
 
 
@@ -110,7 +111,7 @@ def with_here(seen: View, change: Callable[[Told], Told]) -> View:
 
 
 def with_pair(seen: View, here: VolumeFacts | None, there: VolumeFacts | None) -> View:
-    return replace(seen, copies=Copies((pair(here, there),), told=True, paused=False))
+    return replace(seen, copies=Copies((pair(here, there),), told=True))
 
 
 def test_nothing_forbids_and_each_guard_says_what_it_found() -> None:
@@ -199,7 +200,7 @@ def test_a_larger_or_older_copy_is_none_of_them() -> None:
 
 
 def test_without_volumes_or_before_they_are_told() -> None:
-    seen = replace(view(), copies=Copies((), told=False, paused=False))
+    seen = replace(view(), copies=Copies((), told=False))
     assert failing(seen)["volumes"] == (
         "the other node has not told its volumes: repeat in a moment; "
         "there is none: mount one below nfs.root on both nodes"
@@ -294,6 +295,12 @@ def test_facts_that_do_not_answer_are_not_gone_by() -> None:
     refused = failing(replace(seen, heard=None, refused="facts of a node with key 7"))
     assert refused["facts of the other node"].startswith("refused: facts of a node with key 7; ")
     assert "repeat" in failing(replace(seen, own=None))["facts of the other node"]
+
+
+def test_passes_that_the_receiver_holds_back_are_seen_from_both_nodes() -> None:
+    seen = with_there(view(), lambda one: replace(one, paused=True))
+    assert failing(seen) == {"passes": "paused there: `nfsha sync --resume` there"}
+    assert failing(with_here(view(), lambda one: replace(one, paused=True))) == {}
 
 
 def test_a_long_list_is_cut() -> None:

@@ -49,6 +49,7 @@ TOLD = Told(
     rsync_refused="",
     hindrances=("volume data: held",),
     copied_ns=1,
+    paused=False,
     served=SERVED,
 )
 
