@@ -90,6 +90,13 @@ class Tally:
         one.deleted += deleted
         one.quarantined += quarantined
 
+    def put_aside(self, uuid: str, name: str, files: int) -> None:
+        """Counts files that a comparison by content replaced; their old copies are kept."""
+        if files:
+            one = self.volumes.setdefault(uuid, VolumeTally(name))
+            one.copied_files += files
+            one.quarantined += files
+
     def begin_round(self, what: str) -> None:
         """A round begins."""
         self.running = what

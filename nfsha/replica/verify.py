@@ -149,6 +149,12 @@ class VerifyOutcome:
     troubles: tuple[str, ...] = ()
 
     @property
+    def all_equal(self) -> bool:
+        """Each file was compared, and is equal by now."""
+        whole = self.verdict is Verdict.COMPLETE and not self.more
+        return whole and not self.unrepaired
+
+    @property
     def missed(self) -> int:
         """How many files of the source were changed unseen."""
         return sum(one.kind is Kind.MISSED for one in self.findings)

@@ -27,6 +27,7 @@ from nfsha.replica.quarantine import Quarantine
 from nfsha.replica.schedule import Cause, Reason
 from nfsha.replica.suspects import SuspectAnswer, SuspectQuestion
 from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.volume_facts import VolumeFacts
 
 log = logging.getLogger(__name__)
 
@@ -95,33 +96,40 @@ class Verifying:
             outcome = await self._verified(copy, epoch, mark, root_fd, scratch, names)
         finally:
             os.close(root_fd)
-        if names is None:
-            copy.verified_ns = self._desk.clocks.wall_ns()
-            copy.damaged, copy.missed = outcome.damaged, outcome.missed
-        else:  # what the last whole verify found still stands
-            copy.damaged += outcome.damaged
-            copy.missed += outcome.missed
-        for found in outcome.findings:
-            log.error(
-                "volume %s: %s: %s: %s", here.name, shown(found.name), found.kind, found.evidence
-            )
+        self._note_findings(copy, here, outcome, whole=names is None)
         if outcome.verdict is Verdict.KILLED and self._desk.epoch is None:
             copy.rest(State.OFF, "ended: the state of this node changed")
             return
         if outcome.verdict not in (Verdict.COMPLETE, Verdict.INCOMPLETE):
             self._desk.failed(copy, outcome.sentence)
             return
-        whole = outcome.verdict is Verdict.COMPLETE and not outcome.more
-        if names is not None and not (whole and not outcome.unrepaired):
+        if self._desk.careful and not outcome.all_equal:
             self._desk.failed(copy, f"not all that changed could be made equal: {outcome.sentence}")
             return
         if copy.verified_ns is not None and names is None:
             await self._desk.under_way.write(
                 self._desk.store.note_verify, copy.uuid, copy.verified_ns
             )
-            copy.compared = (epoch, began_ms)
+            if outcome.all_equal:
+                copy.compared = (epoch, began_ms)
         log.info("volume %s: verified: %s", here.name, outcome.sentence)
         copy.rest(State.IDLE, f"verified: {outcome.sentence}")
+
+    def _note_findings(
+        self, copy: Copy, here: VolumeFacts, outcome: VerifyOutcome, *, whole: bool
+    ) -> None:
+        if whole:
+            copy.verified_ns = self._desk.clocks.wall_ns()
+            copy.damaged, copy.missed = outcome.damaged, outcome.missed
+        else:  # what the last whole verify found still stands
+            copy.damaged += outcome.damaged
+            copy.missed += outcome.missed
+        if self._desk.tally is not None:
+            self._desk.tally.put_aside(copy.uuid, here.name, len(outcome.repaired))
+        for found in outcome.findings:
+            log.error(
+                "volume %s: %s: %s: %s", here.name, shown(found.name), found.kind, found.evidence
+            )
 
     async def _verified(
         self,

@@ -65,3 +65,12 @@ def test_rounds_are_bounded_and_the_newest_are_kept() -> None:
         counted.end_round(number)
     assert len(counted.rounds) == tally.MAX_ROUNDS
     assert counted.rounds[-1] == Round("changes", tally.MAX_ROUNDS + 4, 0, 0)
+
+
+def test_what_a_comparison_by_content_replaced_is_kept_and_is_no_pass() -> None:
+    counted = Tally()
+    counted.put_aside(ONE, "a", 0)
+    assert counted.volumes == {}
+    counted.put_aside(ONE, "a", 2)
+    one = counted.volumes[ONE]
+    assert (one.passes, one.copied_files, one.quarantined) == (0, 2, 2)

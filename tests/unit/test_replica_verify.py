@@ -27,6 +27,7 @@ from nfsha.replica.quarantine import Quarantine
 from nfsha.replica.suspects import (
     MAX_NAMES_BYTES,
     MAX_SUSPECTS,
+    Finding,
     Kind,
     SuspectAnswer,
     SuspectError,
@@ -446,3 +447,13 @@ def test_what_writes_in_a_thread_is_waited_for_and_said_when_it_hangs(
         assert await verify._writes(lambda: len(done)) is None
 
     asyncio.run(run())
+
+
+def test_only_a_whole_comparison_says_that_all_is_equal() -> None:
+    done = VerifyOutcome(Verdict.COMPLETE, "compared", 3, 30, 1.0)
+    assert done.all_equal
+    found = Finding(b"a", Kind.MISSED, "in words")
+    assert replace(done, findings=(found,), repaired=(b"a",)).all_equal
+    assert not replace(done, findings=(found,)).all_equal
+    assert not replace(done, more=True).all_equal
+    assert not replace(done, verdict=Verdict.INCOMPLETE).all_equal
