@@ -6,7 +6,6 @@ It fetches from the source's control module, and opens the root here. It changes
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -72,7 +71,7 @@ class Finding:
         try:
             yield Found(epoch, here, root_fd, facts, changes, scratch)
         finally:
-            os.close(root_fd)
+            self._desk.under_way.close_unused(root_fd)
 
     async def published(
         self, uuid: str, epoch: Epoch, scratch: Path

@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -53,6 +54,23 @@ class UnderWay:
         self._writes.add(work)
         work.add_done_callback(self._writes.discard)
         return await asyncio.shield(work)
+
+    def close_unused(self, fd: int) -> None:
+        """Closes it once no thread writes by it any more: a pass that is broken off leaves them.
+
+        Its number would soon be another file's.
+        """
+        users = set(self._writes)
+
+        def ended(work: asyncio.Future[Any]) -> None:
+            users.discard(work)
+            if not users:
+                os.close(fd)
+
+        if not users:
+            os.close(fd)
+        for work in tuple(users):
+            work.add_done_callback(ended)
 
     async def end(self, deadline_s: float, name_of: Callable[[str], str]) -> list[str]:
         """Ends all that has processes; says what cannot be ended by then (of the loop's clock)."""

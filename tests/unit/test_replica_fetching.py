@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica.copying import Copy
@@ -15,6 +19,7 @@ from nfsha.replica.listing import Listing
 from nfsha.replica.published import Published
 from nfsha.replica.schedule import Cause, Kind, Plan, Reason
 from nfsha.replica.source_facts import SourceFacts
+from nfsha.replica.under_way import UnderWay
 
 EPOCH = Epoch(1, "00000000000000aa", Role.PRIMARY)
 
@@ -124,3 +129,35 @@ def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> No
     assert asyncio.run(scene(100, 1)) == (True, 1)
     assert asyncio.run(scene(99, 99, 101)) == (True, 0)
     assert asyncio.run(scene(99, 99, 99, 101)) == (False, 1)
+
+
+def test_what_a_thread_still_writes_by_stays_open_until_it_has_ended(tmp_path: Path) -> None:
+    """A pass that is broken off leaves its thread: a number closed under it is another file's."""
+    may_end = threading.Event()
+
+    def write(fd: int) -> int:
+        may_end.wait(10)
+        return os.write(fd, b"kept")
+
+    async def scene(fd: int, unused_fd: int) -> int:
+        under_way = UnderWay()
+        under_way.close_unused(unused_fd)
+        writing = asyncio.ensure_future(under_way.write(write, fd))
+        await turns()
+        left = set(under_way._writes)
+        writing.cancel()
+        under_way.close_unused(fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(unused_fd)
+        os.fstat(fd)
+        may_end.set()
+        await asyncio.wait(left)
+        await turns()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+        return int(left.pop().result())
+
+    file = tmp_path / "file"
+    fds = [os.open(path, os.O_CREAT | os.O_WRONLY) for path in (file, tmp_path / "other")]
+    assert asyncio.run(scene(*fds)) == 4
+    assert file.read_bytes() == b"kept"
