@@ -43,9 +43,10 @@ def wait(done: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-def start_rpcbind(place: Place) -> None:
-    place.spawn(["rpcbind", "-w", "-f", "-s"], name="rpcbind")
+def start_rpcbind(place: Place) -> Process:
+    rpcbind = place.spawn(["rpcbind", "-w", "-f", "-s"], name="rpcbind")
     wait(lambda: place.path("/run/rpcbind.sock").exists(), "rpcbind")
+    return rpcbind
 
 
 def start_statd(place: Place, port: int = STATD_PORT) -> Process:
@@ -101,13 +102,16 @@ def test_ganesha_has_statd_keep_the_list_and_gives_no_lock_back_after_its_grace(
     try:
         place.make_namespace()
         place.boot()
-        start_rpcbind(place)
+        server = NfsServer(place, ["/nfs/volume"])
+        server.rpcbind = start_rpcbind(place)
         start_statd(place)
         config = ganesha_config(["/nfs/volume"], "3", udp=True)
         config = config.replace("Enable_NLM = false;", "Enable_NLM = true;")
+        config = config.replace("Default_Log_Level=WARN;", "Default_Log_Level=EVENT;")
         place.path("/etc/ganesha/ganesha.conf").write_text(config)
-        server = NfsServer(place, ["/nfs/volume"])
         server.start_on_what_is_there()
+        log = place.logs / "ganesha.log"  # the last it does before is to empty statd's list
+        wait(lambda: "NFS SERVER INITIALIZED" in log.read_text(), "ganesha that has started")
         handle = place.inside(lambda: _handle("127.0.0.1", "/nfs/volume", "file"))
         assert nsm.lock(place, handle, reclaim=True) == nsm.DENIED_GRACE_PERIOD
         folder = place.path("/var/lib/nfs/sm")
