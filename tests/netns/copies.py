@@ -78,6 +78,20 @@ class Copies(Pair):
                 raise LabError(f"no {what} within {within_s} s: {self.volumes('b')}")
             time.sleep(0.1)
 
+    def wait_state(self, *states: str, node: str = "b", within_s: float = 20.0) -> dict[str, Any]:
+        """Waits until a copy stands so, and returns it as it was then.
+
+        Asked for once more a moment later, the next pass may run already.
+        """
+        seen: list[dict[str, Any]] = []
+
+        def stands_so() -> bool:
+            seen.append(self.copy(node))
+            return seen[-1]["state"] in states
+
+        self.wait(stands_so, f"copy that is {' or '.join(states)}", within_s)
+        return seen[-1]
+
     def here(self, node: str, name: str = "data") -> Path:
         """A volume of a node, as this process reaches it."""
         return self.lab.node(node).path(f"/nfs/{name}")

@@ -39,6 +39,7 @@ def test_what_a_client_writes_arrives_and_both_nodes_know_since_when(copies: Cop
     last = here["sync"]["last"]
     assert last["epoch"] == 1
     assert abs(time.time_ns() - last["started_ns"]) < 5e9
+    copies.lab.b.nfsha("sync", "--pause")  # else there may be a new one each time one looks
     copies.wait(lambda: copies.mark("a") == copies.mark("b"), "equal marks on both nodes")
     assert copies.lab.b.status()["replication"]["whole"] is True
 
@@ -150,10 +151,17 @@ def test_a_killed_daemon_takes_its_children_with_it(copies: Copies) -> None:
     while any(one.is_running() for one in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [one for one in children if one.is_running()] == []
-    # What changed while it was down nobody saw: the next pass after its start walks everything.
+
+
+def test_what_changed_while_the_source_was_down_is_found_by_a_full_walk(copies: Copies) -> None:
+    copies.settle_whole()
+    copies.daemon("b").stop(5.0)  # or it would take over
+    copies.daemon("a").kill()
     (copies.here("a") / "meanwhile").write_text("seen by nobody")
-    copies.start("a")
-    copies.wait(lambda: "meanwhile" in copies.names("b"), "the file", within_s=30)
+    began_ms = copies.now_ms()
+    copies.start("a", "b")
+    copies.wait_phase("b", "PASSIVE", since_ms=began_ms)
+    copies.wait(lambda: "meanwhile" in copies.names("b"), "the file")
     assert copies.copy()["full_walks"]["the change journal began anew, after the last pass"] == 1
     assert "a full walk: the change journal began anew" in copies.log("b")
 

@@ -162,14 +162,7 @@ def test_a_full_copy_says_what_is_missing_and_recovers(copies: Copies) -> None:
     with (filler / "filler").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 40 << 20)
     (copies.here("a") / "large").write_bytes(os.urandom(30 << 20))
-    seen: list[dict[str, Any]] = []  # a moment later it is tried again, and says so
-
-    def failed() -> bool:
-        seen.append(copies.copy())
-        return seen[-1]["state"] in ("failed", "refused")
-
-    copies.wait(failed, "a failed pass")
-    why = seen[-1]["why"]
+    why = copies.wait_state("failed", "refused")["why"]
     assert "is full" in why
     assert "MiB are free" in why
     assert copies.names("b") == []
