@@ -157,8 +157,10 @@ class Bench:
             for side in sides:
                 os.sync()
                 done = self._try(side.first, f"{side.name}, {scenario}, run {run}")
+                synced_s = _time_of(os.sync)
                 if done is not None:
-                    self._keep(side.name, scenario, 0, run, done)
+                    durable_s = round(done.cost.wall_s + synced_s, 4)
+                    self._keep(side.name, scenario, 0, run, done, durable_s)
                     told.append(f"{side.title} {done.cost.wall_s:.2f} s")
                     if run == self._options.runs:
                         targets = [(side.name, one, side.target(one)) for one in VOLUMES]
@@ -185,7 +187,9 @@ class Bench:
 
     # ------------------------------------------------------------- keeping
 
-    def _keep(self, side: str, scenario: str, size: int, run: int, done: Pass) -> None:
+    def _keep(
+        self, side: str, scenario: str, size: int, run: int, done: Pass, durable_s: float = 0.0
+    ) -> None:
         cost = done.cost
         self.findings.samples.append(
             Sample(
@@ -199,6 +203,7 @@ class Bench:
                 cost.peak_mib,
                 done.walk,
                 done.full_walks,
+                durable_s,
             )
         )
 
@@ -256,6 +261,12 @@ def _fill(scenario: str, root: Path, seed: int) -> None:
         make_large(root, LARGE_BYTES // len(VOLUMES), 4, seed)
     else:
         make(Tree(SMALL_FILES // len(VOLUMES), 25), root)
+
+
+def _time_of(work: Callable[[], None]) -> float:
+    began_s = time.monotonic()
+    work()
+    return time.monotonic() - began_s
 
 
 def _watch(pid: int, work: Callable[[], None]) -> tuple[float, float]:

@@ -38,6 +38,8 @@ class Sample:
     peak_mib: float
     walk: str = ""
     full_walks: int = 0
+    durable_s: float = 0.0
+    """Of an initial copy: until all of it is on the disk, the wall time included."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from bench.replication_findings import (
 )
 
 _WORDS = {True: "met", False: "**not met**", None: "not measured"}
-_FIGURES: tuple[tuple[str, str, Callable[[Sample], float]], ...] = (
+_Figure = tuple[str, str, Callable[[Sample], float]]
+_DURABLE: _Figure = ("until all is on the disk (s)", ".2f", lambda one: one.durable_s)
+_FIGURES: tuple[_Figure, ...] = (
     ("wall time (s)", ".2f", lambda one: one.wall_s),
     ("CPU time, both nodes (s)", ".2f", lambda one: one.cpu_s),
     ("on the wire (KiB)", ",.0f", lambda one: one.wire_bytes / 1024),
@@ -48,7 +50,9 @@ def page(findings: Findings) -> str:
         "warm cache. The client's changes went through a real NFS server, after the kernel had "
         "dropped all names. nfsha's time is that of the whole command `nfsha sync VOLUME --wait`, "
         "its own start with it; its CPU time and memory are those of both daemons and all their "
-        "children (with the daemons' start in initial copies). Cells: minimum / **median** / "
+        "children (with the daemons' start in initial copies). An initial copy of nfsha ends when "
+        "everything is on the disk, that of the cron rsync while its last writes are still in "
+        "memory; a row tells when these are on the disk too. Cells: minimum / **median** / "
         "maximum of "
         f"{findings.runs} run{'s' if findings.runs != 1 else ''}.",
         _facts(findings),
@@ -79,9 +83,10 @@ def _bars(judged: Iterable[Bar]) -> str:
 
 
 def _cells(findings: Findings, scenario: str, size: int) -> str:
+    figures = [_FIGURES[0], _DURABLE, *_FIGURES[1:]] if scenario in FIRST else _FIGURES
     rows = [
         [title, *(_cell(findings, side, scenario, size, form, figure) for side in SIDES)]
-        for title, form, figure in _FIGURES
+        for title, form, figure in figures
     ]
     return _table(["", *SIDES.values()], rows)
 

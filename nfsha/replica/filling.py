@@ -25,7 +25,11 @@ LOOKS_TOLD: Final = 4
 """Of so many looks one is told."""
 
 SYNC_FROM_BYTES: Final = 64 << 20
-"""So much more on the filesystem since the last look is worth the wait of those who write."""
+"""So much more on the filesystem since the last sync is worth the wait of those who write."""
+
+SYNC_FIRST_FROM_BYTES: Final = 16 << 20
+"""The first time it is worth it sooner, for the disk has nothing to do yet; then twice as much each
+time, up to `SYNC_FROM_BYTES`."""
 
 LEAST_SPARE_BYTES: Final = 256 << 20
 """More than is written between two looks: at 5 GB/s it is just as much."""
@@ -113,12 +117,15 @@ class Filling:
 
     async def _sync(self, more: asyncio.Event, enough: asyncio.Event) -> None:
         """Beside the looks: while it waits for the disk, more may be written than there is room."""
-        synced_bytes = self.bytes
+        synced_bytes, from_bytes = self.bytes, SYNC_FIRST_FROM_BYTES
         while not enough.is_set():
             await more.wait()
             more.clear()
-            if self.bytes - synced_bytes >= SYNC_FROM_BYTES and not enough.is_set():
-                synced_bytes = self.bytes
+            if (
+                self.bytes - synced_bytes >= min(from_bytes, SYNC_FROM_BYTES)
+                and not enough.is_set()
+            ):
+                synced_bytes, from_bytes = self.bytes, 2 * from_bytes
                 await asyncio.to_thread(sync_filesystem, self._root_fd)
 
 

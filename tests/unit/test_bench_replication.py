@@ -32,7 +32,8 @@ WALL_S = {
 
 def sample(side: str, scenario: str, size: int, run: int = 1) -> Sample:
     walk = {"cron": "", "nfsha": "folders" if size else "full"}[side]
-    return Sample(side, scenario, size, run, WALL_S[side, scenario, size], 0.5, 2048, 40.0, walk, 0)
+    wall_s = WALL_S[side, scenario, size]
+    return Sample(side, scenario, size, run, wall_s, 0.5, 2048, 40.0, walk, 0, 4.5)
 
 
 @pytest.fixture
@@ -130,6 +131,7 @@ def test_the_page_and_the_raw_file_tell_everything(good: Findings, tmp_path: Pat
     page = (tmp_path / "replication.md").read_text()
     assert "| wall time (s) | 14.00 / **14.00** / 14.00 | 0.60 / **0.60** / 0.60 |" in page
     assert "0.60 s of 14.00 s: 1/23.3" in page
+    assert page.count("until all is on the disk (s) | 4.50 / **4.50** / 4.50 |") == 2
     assert "Full walks in the 6 timed passes of nfsha: 0." in page
     assert "**differs**: b'x': missing on the right" in page
     assert "- nfsha, calm, run 2: exit 4\n" in page
