@@ -106,6 +106,7 @@ class Locks:
         self._names: dict[IPAddress, str] = {}
         self._record = self._written = Record()
         self._writer: asyncio.Task[None] | None = None
+        self._hearing = asyncio.Lock()
         self._packed = Holders()
         self._round: Round | None = None
         self._reign: Epoch | None = None
@@ -245,11 +246,15 @@ class Locks:
         self._begin(self._hear(blob), self._tasks)
 
     async def _hear(self, blob: bytes) -> None:
-        try:
-            told = statd.from_json(await asyncio.to_thread(pages.unpack, blob))
-        except (pages.FactsError, FactsError) as error:
-            log.warning("the other node's list of lock holders is refused: %s", error)
-            return
+        async with self._hearing:  # one after the other, as they came: the last one counts
+            try:
+                told = statd.from_json(await asyncio.to_thread(pages.unpack, blob))
+            except (pages.FactsError, FactsError) as error:
+                log.warning("the other node's list of lock holders is refused: %s", error)
+                return
+            self._take(told)
+
+    def _take(self, told: Holders) -> None:
         record = self._record
         if told.epoch < record.there.epoch:
             return  # of an earlier reign than what is known

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from nfsha import config
 from nfsha.daemon import locks
+from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.locks import Record, begun, heard, next_state
+from nfsha.nfs import statd
 from nfsha.nfs.statd import CLIENTS_MAX, STATE_MAX, Holders
+from nfsha.peer import pages
 
 X, Y, Z = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 
@@ -75,3 +84,33 @@ def test_a_damaged_record_is_an_error(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(ValueError):
         locks.load(file)
+
+
+def test_lists_are_taken_in_the_order_in_which_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(blob: bytes) -> object:
+        document = json.loads(blob)
+        time.sleep(0.1 if document["clients"] == [X] else 0)  # the first takes longer
+        return document
+
+    async def scene() -> Record:
+        settings = config.parse(
+            'role = "standby"\ninterface = "eth0"\nvip = "192.0.2.10"\nwitness = "gateway"\n'
+            'links = [{local = "192.0.2.1", peer = "192.0.2.2"}, '
+            '{local = "10.9.9.1", peer = "10.9.9.2"}]\n'
+            f'[paths]\nstate = "{tmp_path}"\n'
+        )
+        wire: Any = SimpleNamespace(seal_page=print, open_page=print)
+        links: Any = SimpleNamespace(send_page=None, route_pages=lambda *_: None)
+        one = locks.Locks(settings, wire, links, Inbox(), lambda: 0, lambda: False)
+        for clients in ((X,), (Y,)):
+            one._told(json.dumps(statd.as_json(Holders(4, 9, clients))).encode())
+        await asyncio.wait(one._tasks)
+        if one._writer is not None:
+            await one._writer
+        await one.close()
+        return locks.load(tmp_path / "lock-holders")
+
+    monkeypatch.setattr(pages, "unpack", unpack)
+    assert asyncio.run(scene()).there.clients == (Y,)
