@@ -48,7 +48,8 @@ def appended(file: Path, from_byte: int) -> set[int]:
     ("count", "mib"),
     [
         (10_000, 64),
-        pytest.param(100_000, 2048, marks=(pytest.mark.slow, pytest.mark.timeout(900))),
+        pytest.param(100_000, 1, marks=(pytest.mark.slow, pytest.mark.timeout(900))),
+        pytest.param(1_000, 2048, marks=(pytest.mark.slow, pytest.mark.timeout(900))),
     ],
 )
 def test_home_after_a_crash_with_many_files_and_a_large_one_that_grows(
