@@ -215,9 +215,10 @@ def test_a_transfer_that_is_stuck_ends_and_comes_again(make_lab: Callable[..., L
     sender.send_signal(signal.SIGSTOP)
     stopped_s = time.monotonic()
     try:
-        ended = copies.wait_state("failed")
+        # By the log: it is tried again in a second, and a busy machine may not look in between.
+        said = "the pass failed: nothing moved for 5 s"
+        copies.wait(lambda: said in copies.log("b"), "the end of the pass")
         assert 4 < time.monotonic() - stopped_s < 12
-        assert "5 s" in ended["why"]
         assert "big" not in copies.names("b")
         copies.lab.b.nfsha("sync", "--bandwidth", "unlimited")
         copies.wait(lambda: "big" in copies.names("b"), "the file after all")
