@@ -83,11 +83,19 @@ def visible(target: Path) -> list[str]:
     return sorted(each.name for each in target.iterdir() if each.name != ".nfsha-partial")
 
 
+def receives(one: Pull) -> bool:
+    """The content of a file comes in: rsync has its list by then."""
+    target = Path(f"/proc/self/fd/{one.request.root_fd}")
+    incoming = target / ".nfsha-incoming"
+    aside = any(incoming.iterdir()) if incoming.exists() else False
+    return aside or any(target.glob(".a large one.*"))
+
+
 async def when_copying(one: Pull) -> int:
     """Waits until the copy runs, and gives rsync's pid."""
     for _ in range(500):
         child = one._runner._child
-        if child is not None and child.name.startswith("copy-"):
+        if child is not None and child.name.startswith("copy-") and receives(one):
             await asyncio.sleep(0.5)
             return child.pid
         await asyncio.sleep(0.01)
