@@ -158,11 +158,14 @@ class Reconnect:
 
     async def _end_own(self) -> None:
         try:
-            ended = await self._in_thread(sockdiag.destroy_all, self._places)
+            ended, which = await self._in_thread(sockdiag.destroy_all, self._places)
         except DiagError as error:
             self._note(str(error))
             return
         self.ended += ended
+        # A daemon that was killed left them, and this one knows of them from nowhere else: if it is
+        # the next that serves, they are woken as all who were connected here.
+        self._known = tuple(dict.fromkeys([*self._known, *which]))
         if ended:
             log.info("%d connections of clients to the VIPs ended here", ended)
 

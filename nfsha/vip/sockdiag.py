@@ -154,21 +154,22 @@ def destroy(entries: Sequence[Entry]) -> int:
     return ended
 
 
-def destroy_all(places: Places) -> int:
-    """Ends all connections at these places, and makes sure of it; returns how many it ended.
+def destroy_all(places: Places) -> tuple[int, tuple[bytes, ...]]:
+    """Ends all connections at these places, and makes sure of it; returns how many, and which.
 
     Raises DiagError, also when there are always others.
     """
-    ended = 0
+    ended, which = 0, dict[bytes, None]()
     for _ in range(_ROUNDS_MAX):
         left = connections(places, LEFT)
         if not left:
-            return ended
+            return ended, tuple(which)
+        which |= dict.fromkeys(entry.connection for entry in left)
         ended += destroy(left)
     left_over = len(connections(places, LEFT))
     if left_over:
         raise DiagError(f"{left_over} connections at the VIPs could not be ended")
-    return ended
+    return ended, tuple(which)
 
 
 def can_destroy() -> bool:

@@ -444,6 +444,35 @@ def test_a_client_that_keeps_its_port_goes_there_and_back(
     assert nodes[lan.one].driver.ended == 2
 
 
+def test_who_waits_for_an_answer_of_a_daemon_that_was_killed_hears_of_its_end(lan: Lan) -> None:
+    """The request was received, so the client says nothing more; the node serves again itself."""
+    lan.hold(lan.one)
+    lan.point(lan.one)
+    with inside(lan.client):
+        waiting = socket.create_connection((str(V4), PORT), timeout=5)
+    with waiting:
+        waiting.settimeout(0.05)
+        waiting.sendall(b"x")
+        assert waiting.recv(1) == b"x"
+        lan.one.exec("nft", DROP)
+        lan.release(lan.one)
+
+        async def body(driver: Reconnect, published: list[bytes]) -> None:
+            await driver.end_own()
+            lan.one.exec("nft", "delete table inet freeze")
+            lan.hold(lan.one)
+            lan.point(lan.one)
+            with pytest.raises(TimeoutError):
+                waiting.recv(1)  # nobody told the client
+            driver.opened()
+            await until(lambda: driver.tickles >= 1, 1.0)
+            waiting.settimeout(1.0)
+            with pytest.raises(ConnectionResetError):
+                await asyncio.to_thread(waiting.recv, 1)
+
+        run(lan.one, body)
+
+
 def test_a_node_that_may_not_serve_wakes_nobody(lan: Lan) -> None:
     lan.hold(lan.one)
     lan.point(lan.one)
