@@ -12,7 +12,7 @@ TESTS := $(wildcard tests/unit tests/sim tests/netns)
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
 PYTEST := timeout --foreground --signal=INT --kill-after=20 1470 $(PYTHON) -m pytest --session-timeout=1420
 # Two processes: whole pairs, which mostly wait, in one; all else beside them (tests/conftest.py).
-BESIDE := -n 2 --dist loadgroup
+BESIDE := -n 2 --dist each
 
 .PHONY: help setup venv demo test test-all test-versions check format sim bench-failover bench-replication \
 	bench-failback lab-up lab-shell lab-down lock docs clean

@@ -1,9 +1,9 @@
 """What holds for all tests: how properties are tried, and which tests run beside which.
 
-`make test` runs two processes (pytest-xdist). In one, the tests of whole pairs follow each other:
-they look at times, and mostly wait. In the other, beside them and with less of the processors, runs
-all else. Without `-n` everything runs in one process, in the same order. The many seeds run in
-processes of their own, beside all of it, and are asked for at the end.
+`make test` runs two processes (pytest-xdist), of which each picks its share here. In one, the tests
+of whole pairs follow each other: they look at times, and mostly wait. In the other, beside them and
+with less of the processors, runs all else. Without `-n` everything runs in one process. The many
+seeds run in processes of their own, beside all of it, and are asked for at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ settings.register_profile(
 settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("same")
 
-PAIRS, BESIDE = "pairs", "beside"
 BESIDE_NICE = 5
 _LOCKS = "NFSHA_TEST_LOCKS"
 """Names the folder of locks that all processes of one run use."""
@@ -56,12 +55,16 @@ def _shares() -> bool:
     return "PYTEST_XDIST_WORKER" in os.environ
 
 
+def _runs_pairs() -> bool:
+    return os.environ["PYTEST_XDIST_WORKER"] == "gw0"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pairs come first: they take longest. Who asks for what runs beside comes last."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(PAIRS if _of_pairs(item) else BESIDE))
-    items.sort(key=lambda item: (_is_last(item), not _of_pairs(item)))
+    """Each process takes its share. Who asks for what runs beside comes last."""
+    if _shares():
+        items[:] = [item for item in items if _of_pairs(item) is _runs_pairs()]
+    items.sort(key=_is_last)
 
 
 def pytest_configure() -> None:

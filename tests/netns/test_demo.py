@@ -81,7 +81,7 @@ def test_the_demo_ends_well_in_time_and_leaves_nothing() -> None:
         (line,) = (one for one in summary.splitlines() if what in one)
         assert line.endswith(" 0.0 ms")
     assert "P10 PASSIVE -> TAKEOVER" in text
-    assert text.count("no difference") == 2
+    assert text.count(": no difference.\n") == 2
     assert "writes of the last" in rest
     assert "RETURNED -> PASSIVE" in rest
     assert "done: the primary serves" in rest

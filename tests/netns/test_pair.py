@@ -300,7 +300,7 @@ def test_hostile_datagrams_change_nothing(pair: Pair, restarted: str) -> None:
     # Of a session that still lives they are old; of an earlier life nobody ever confirms them.
     ignored = "datagram_unconfirmed" if restarted == "a" else "datagram_old"
     more = after["counters"].get(ignored, 0) - before["counters"].get(ignored, 0)
-    assert more >= 0.9 * len(recorded)
+    assert more >= 0.9 * sum(_is_heartbeat(content) for content in recorded)
     assert len(pair.log("b")) - log_before < 20_000
     assert _reaches(pair.lab, VIP)
 
@@ -311,8 +311,13 @@ def _record(lab: Lab) -> list[bytes]:
     time.sleep(1)
     recorded = {d.content for d in lab.look().datagrams() if d.node == "a"}
     lab.observer.keep_datagrams(False)
-    assert len(recorded) >= 8
+    assert sum(map(_is_heartbeat, recorded)) >= 8
     return sorted(recorded)
+
+
+def _is_heartbeat(content: bytes) -> bool:
+    """Not a page of facts: by the kind, behind the magic and the version."""
+    return content[5] >> 4 == 0
 
 
 def _restart_by_force(pair: Pair, name: str) -> None:

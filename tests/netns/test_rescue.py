@@ -40,6 +40,7 @@ def test_the_last_writes_are_fetched_before_the_other_node_serves(lab: Lab) -> N
     lab.a.nfs.start()
     copies.wait_phase("a", "PASSIVE", since_ms=served.at_ms)
     copies.assert_never_two()
+    copies.wait(lambda: copies.mark("a") is not None, "a complete pass back")
     assert copied < (copies.mark("a") or {})["started_ns"]
 
 
