@@ -1,9 +1,9 @@
 """What holds for all tests: how properties are tried, and which tests run beside which.
 
 `make test` runs two processes (pytest-xdist), of which each picks its share here. In one, the tests
-of whole pairs follow each other: they look at times, and mostly wait. In the other, beside them and
-with less of the processors, runs all else. Without `-n` everything runs in one process. The many
-seeds run in processes of their own, beside all of it, and are asked for at the end.
+of whole pairs follow each other: they look at times, and mostly wait. In the other, beside them,
+runs all else. Without `-n` everything runs in one process. The many seeds run in processes of their
+own, beside all of it, and are asked for at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ settings.register_profile(
 settings.register_profile("same", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("same")
 
-BESIDE_NICE = 5
 _LOCKS = "NFSHA_TEST_LOCKS"
 """Names the folder of locks that all processes of one run use."""
 _WANTED = pytest.StashKey[bool]()
@@ -74,17 +73,14 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The seeds begin with the first test, if somebody will ask."""
+    """Will somebody ask for the seeds?"""
     wanted = any(_is_last(item) for item in session.items)
     session.stash[_WANTED] = wanted and not session.config.option.collectonly
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What runs beside the pairs leaves them the processors."""
-    beside = _shares() and not _of_pairs(item)
-    if beside and os.nice(0) < BESIDE_NICE:
-        os.nice(BESIDE_NICE - os.nice(0))
-    if item.session.stash[_WANTED] and (beside or not _shares()):
+    """The seeds begin with the first test of the process that will ask."""
+    if item.session.stash[_WANTED]:
         item.session.stash[_WANTED] = False
         item.session.stash[_RUNNING] = Background(first_seed(revision()), SEEDS)
 
