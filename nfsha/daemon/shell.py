@@ -193,6 +193,7 @@ class Shell:
             return
         if not engine.state.config.replication:
             return
+        asked_ms = self.world.clock_ms()
         if handover.under_way(engine.state, self.world.clock_ms()):
             log.info("waits for the handover that is under way before it stops")
         else:
@@ -201,19 +202,20 @@ class Shell:
                 log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
                 return
             log.info("hands over before it stops: %s (%s)", reply.why, reply.row)
-        if not await self._handed_over(engine):
-            ended = engine.state.last_handover
-            why = ended.why if ended is not None else "the other node did not begin"
-            log.warning("stops without having handed over: %s", why)
+        await self._await_handover(engine)
+        ended = engine.state.last_handover
+        if ended is None or ended.at_ms < asked_ms:
+            log.warning("stops without having handed over: the other node did not begin")
+        elif not ended.done:
+            log.warning("stops without having handed over: %s", ended.why)
 
-    async def _handed_over(self, engine: Engine) -> bool:
+    async def _await_handover(self, engine: Engine) -> None:
         """Waits for the end of the handover; aborts it when its time is over."""
         if not await self._ends_within(engine, HAND_OVER_WITHIN_S):
             reply = await self.command(CommandKind.ABORT)
             log.warning("the handover takes too long for a stop: %s", reply.why)
             if reply.accepted:
                 await self._ends_within(engine, LEAVE_WITHIN_S)
-        return not engine.state.is_authority
 
     async def _ends_within(self, engine: Engine, within_s: float) -> bool:
         loop = asyncio.get_running_loop()

@@ -56,10 +56,17 @@ Description=rpcbind of the test
 Type=notify
 ExecStart=/sbin/rpcbind -w -f -s
 """
+_LISTED = """[Unit]
+Description=/dev/disk/by-uuid, as udev makes it on a server
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=mkdir -p /dev/disk/by-uuid
+"""
 _GANESHA = """[Unit]
 Description=NFS server of the test
-Requires=rpcbind.service
-After=rpcbind.service
+Requires=rpcbind.service disks-by-uuid.service
+After=rpcbind.service disks-by-uuid.service
 ConditionPathExists=/etc/nfsha/ganesha.conf
 [Service]
 ExecStart=ganesha.nfsd -F -f /etc/nfsha/ganesha.conf -L /run/ganesha.log -p /run/ganesha.pid
@@ -186,6 +193,7 @@ class Machine(StorageNode):
             units={
                 "nfsha-machine.target": _TARGET,
                 "rpcbind.service": _RPCBIND,
+                "disks-by-uuid.service": _LISTED + "".join(self._links_by_uuid()),
                 "nfs-ganesha.service": _GANESHA,
                 **self._installed_units(),
             },
@@ -205,7 +213,6 @@ class Machine(StorageNode):
         if stdout is None or stdout.readline() != b"ready\n":
             raise LabError(f"machine {self.name} did not come up:\n{log.read_text()}")
         self._leader = _pid_in(self._holder.pid, 1)
-        self._list_filesystems()
 
     def _installed_units(self) -> dict[str, str]:
         units = {UNIT: (REPOSITORY / "systemd" / UNIT).read_text()}
@@ -219,14 +226,13 @@ class Machine(StorageNode):
         daemon = [UNIT] if self.boots > 1 else []
         return (*daemon, *(f"nfs-{Path(one).name}.mount" for one in mounts))
 
-    def _list_filesystems(self) -> None:
-        """What udev does on a server: /dev/disk/by-uuid."""
-        folder = self.path("/dev/disk/by-uuid")
-        folder.mkdir(parents=True, exist_ok=True)
+    def _links_by_uuid(self) -> Iterator[str]:
+        """Before the NFS server starts: without them its handles name the device, not the UUID."""
         for disk in self.machine_disks:
             argv = ["blkid", "-p", "-s", "UUID", "-o", "value", disk.image]
             done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30)
-            (folder / done.stdout.strip()).symlink_to(f"../../{Path(disk.device).name}")
+            link = f"/dev/disk/by-uuid/{done.stdout.strip()}"
+            yield f"ExecStart=ln -sfn ../../{Path(disk.device).name} {link}\n"
 
     def kill_all(self) -> None:
         """SIGKILL to everything in the machine, as far as it is on. Idempotent."""

@@ -236,6 +236,7 @@ def test_a_final_stop_of_the_serving_node_loses_nothing(lab: Lab) -> None:
     stopped_ms = copies.now_ms()
     assert copies.daemon("a").stop(60) == 0
     assert copies.wait_phase("b", "ACTIVE", since_ms=stopped_ms).row == "X20"
+    assert "stops without" not in copies.log("a")
     records.wait_acked(20)
     found = records.stop()
     assert_held_not_failed(found, moves=1)
