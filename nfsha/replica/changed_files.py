@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import errno
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from nfsha.replica import beneath
-from nfsha.replica.deletions import OWN_ROOT_NAMES, PARTIAL_NAME
+from nfsha.replica.content_files import content_files
+from nfsha.replica.kept_tree import OWN_PREFIX
 from nfsha.replica.volumes import STAMP_NAME
 
 MAX_NAMES: Final = 100_000
@@ -30,7 +28,6 @@ SLACK_NS: Final = 60 * 10**9
 """A clock may be set while files are written, and the stamp of an epoch is written when clients
 are served already: files so much older count as changed too."""
 
-_OWN_PREFIX: Final = b".nfsha-"
 _LONGEST_MS: Final = 1 << 53
 
 Document = dict[str, Any]
@@ -121,8 +118,8 @@ def changed_since(
     """
     names: list[bytes] = []
     size = 0
-    for name, ctime_ns in _files(root_fd):
-        if ctime_ns < since_ns - SLACK_NS:
+    for name, found in content_files(root_fd, _unread):
+        if found.st_ctime_ns < since_ns - SLACK_NS:
             continue
         names.append(name)
         size += len(name)
@@ -131,37 +128,10 @@ def changed_since(
     return ChangedFiles(tuple(names))
 
 
-def _files(root_fd: int) -> Iterator[tuple[bytes, int]]:
-    """(name, ctime) of each regular file that has content and is not nfsha's own."""
-    pending = [b""]
-    while pending:
-        folder = pending.pop()
-        try:
-            with beneath.folder_at(root_fd, folder.rstrip(b"/")) as fd, os.scandir(fd) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    if name == PARTIAL_NAME or (not folder and _is_own(name)):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(folder + name + b"/")
-                    elif entry.is_file(follow_symlinks=False):
-                        yield from _looked_at(folder, name, fd)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            continue  # gone meanwhile, or deeper than a path may be: no pass brings it anywhere
-        except OSError as error:
-            if error.errno != errno.EXDEV:  # another filesystem is a volume of its own
-                raise
-
-
-def _is_own(name: bytes) -> bool:
-    return name in OWN_ROOT_NAMES or name.startswith(_OWN_PREFIX)
-
-
-def _looked_at(folder: bytes, name: bytes, fd: int) -> Iterator[tuple[bytes, int]]:
-    with contextlib.suppress(FileNotFoundError):
-        found = os.stat(name, dir_fd=fd, follow_symlinks=False)
-        if found.st_size and len(folder) + len(name) <= beneath.MAX_NAME_BYTES:
-            yield folder + name, found.st_ctime_ns
+def _unread(_folder: bytes, error: OSError | ValueError) -> None:
+    if isinstance(error, OSError):
+        raise error
+    # Deeper than a path may be: no pass brings it anywhere.
 
 
 def _name_of(text: object) -> bytes:
@@ -172,6 +142,6 @@ def _name_of(text: object) -> bytes:
         parts = beneath.parts_of(name)
     except (binascii.Error, ValueError) as error:
         raise ChangedError(f"a name is none: {error}") from error
-    if parts[0].startswith(_OWN_PREFIX):
+    if parts[0].startswith(OWN_PREFIX):
         raise ChangedError(f"{beneath.shown(name)!r}: a name that nfsha keeps for itself")
     return name

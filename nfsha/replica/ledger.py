@@ -19,6 +19,7 @@ from enum import StrEnum
 
 from nfsha.replica import fanotify
 from nfsha.replica.handles import Place, Tree, UnresolvedError
+from nfsha.replica.kept_tree import OWN_PREFIX
 from nfsha.replica.published import MAX_REASON_CHARS
 
 MAX_WANTED = 10_000
@@ -31,7 +32,6 @@ _MAX_SETTLE_MS = 30_000
 _PAUSE_EVERY_ENTRIES = 20_000  # the kernel's queue goes on filling while a search runs
 _LOOKED_AT_AGAIN = 64  # paths, for each list, in turn
 _UNKNOWN = -1
-_OWN_PREFIX = b".nfsha-"
 _PARTIAL = b".nfsha-partial"
 _HAS_A_FILE = (
     fanotify.FAN_MODIFY | fanotify.FAN_ATTRIB | fanotify.FAN_CREATE | fanotify.FAN_MOVED_TO
@@ -431,8 +431,8 @@ def _is_at(tree: Tree, inode: int, place: Place) -> bool:
 
 
 def _is_ours(in_root: bool, name: bytes) -> bool:
-    return name == _PARTIAL or (in_root and name.startswith(_OWN_PREFIX))
+    return name == _PARTIAL or (in_root and name.startswith(OWN_PREFIX))
 
 
 def _is_own_path(path: bytes) -> bool:
-    return path.startswith(_OWN_PREFIX) or _PARTIAL in path.split(b"/")
+    return path.startswith(OWN_PREFIX) or _PARTIAL in path.split(b"/")

@@ -24,6 +24,7 @@ from typing import Any, Final, Protocol, Self
 
 from nfsha.replica import beneath
 from nfsha.replica.beneath import shown
+from nfsha.replica.kept_tree import OWN_PREFIX
 from nfsha.replica.volume_facts import cut
 from nfsha.replica.volumes import STAMP_NAME
 
@@ -35,7 +36,7 @@ GONE: Final = "gone"
 _MAX_PROBLEM: Final = 200
 _CHUNK: Final = 1 << 20
 _NUMBERS: Final = ("size", "mtime_ns", "ctime_ns", "nlink", "told_ns", "epoch_since_ns")
-_OWN: Final = b".nfsha-"
+
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 # O_NONBLOCK so that a pipe in the place of a file cannot stop us, O_NOATIME so that looking leaves
@@ -82,7 +83,7 @@ class SuspectQuestion:
                 parts = beneath.parts_of(name)
             except ValueError as error:
                 raise SuspectError(f"{cut(shown(name))}: {error}") from error
-            if parts[0].startswith(_OWN):
+            if parts[0].startswith(OWN_PREFIX):
                 raise SuspectError(f"{cut(shown(name))}: a name that nfsha keeps for itself")
 
     def to_json(self) -> Document:

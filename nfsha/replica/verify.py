@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ from nfsha.replica import beneath
 from nfsha.replica.arguments import INCOMING_NAME, Course, From, folder_list
 from nfsha.replica.beneath import shown
 from nfsha.replica.child import GRACE_S, Child, ChildError, ChildStuckError, Line, Priority, Stream
-from nfsha.replica.deletions import OWN_ROOT_NAMES, PARTIAL_NAME
+from nfsha.replica.content_files import content_files
 from nfsha.replica.exits import Complaints, Ending, Verdict, decode_name, judge
 from nfsha.replica.progress import Progress, Stage
 from nfsha.replica.quarantine import Entry, Quarantine, QuarantineError
@@ -61,7 +60,6 @@ _MIN_SLICE_BYTES: Final = 1 << 20
 _SLICE_S: Final = 10  # at a limited rate, a slice reads about as long as this
 _SLOWEST_BYTES_S: Final = 5_000_000  # a disk that reads a large file slower than this is broken
 _LOOK: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OWN_PREFIX: Final = b".nfsha-"  # in the root; `SuspectQuestion` takes no such name
 # A regular file whose content differs (c), size and mtime not (`man rsync`, --itemize-changes).
 _DIFFERS: Final = re.compile(rb">fc\.\..{6} (.+)", re.S)
 
@@ -572,7 +570,15 @@ def _slices(
     root_fd: int, max_bytes: int, trouble: Callable[[str], None]
 ) -> Generator[Slice, None, None]:
     """All regular files of the volume that have content, in slices."""
-    yield from _in_slices(_files(root_fd, trouble), max_bytes)
+
+    def unread(folder: bytes, error: OSError | ValueError) -> None:
+        if isinstance(error, OSError):
+            trouble(f"{shown(folder) or 'the root'}: {error.strerror}")
+        else:  # deeper than a path may be: no pass brought it here
+            trouble(f"{shown(folder)[:200]}...: {error}")
+
+    files = ((name, found.st_size) for name, found in content_files(root_fd, unread))
+    yield from _in_slices(files, max_bytes)
 
 
 def _in_slices(files: Iterable[tuple[bytes, int]], max_bytes: int) -> Iterator[Slice]:
@@ -586,41 +592,6 @@ def _in_slices(files: Iterable[tuple[bytes, int]], max_bytes: int) -> Iterator[S
             names, total = [], 0
     if names:
         yield Slice(tuple(names), total)
-
-
-def _files(root_fd: int, trouble: Callable[[str], None]) -> Iterator[tuple[bytes, int]]:
-    """(name, size) of each regular file that has content and is not nfsha's own."""
-    pending = [b""]
-    while pending:
-        folder = pending.pop()
-        try:
-            with beneath.folder_at(root_fd, folder.rstrip(b"/")) as fd, os.scandir(fd) as entries:
-                for entry in entries:
-                    name = os.fsencode(entry.name)
-                    if name == PARTIAL_NAME or (not folder and _is_own(name)):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(folder + name + b"/")
-                    elif entry.is_file(follow_symlinks=False):
-                        yield from _sized(folder, name, fd)
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # gone meanwhile
-        except ValueError as error:  # deeper than a path may be: no pass brought it here
-            trouble(f"{shown(folder)[:200]}...: {error}")
-        except OSError as error:
-            if error.errno != errno.EXDEV:  # another filesystem is a volume of its own
-                trouble(f"{shown(folder) or 'the root'}: {error.strerror}")
-
-
-def _is_own(name: bytes) -> bool:
-    return name in OWN_ROOT_NAMES or name.startswith(_OWN_PREFIX)
-
-
-def _sized(folder: bytes, name: bytes, fd: int) -> Iterator[tuple[bytes, int]]:
-    with contextlib.suppress(FileNotFoundError):
-        size = os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
-        if size and len(folder) + len(name) <= beneath.MAX_NAME_BYTES:
-            yield folder + name, size
 
 
 def _sizes(root_fd: int, names: Iterable[bytes]) -> list[int]:
