@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from nfsha.config import Settings
@@ -40,15 +39,8 @@ class Clients:
         self._inbox = inbox
         self._clock_ms = clock_ms
         self._confirmed_ms: int | None = None
-        self._pages = Pages(
-            partial(wire.seal_page, kind=PageKind.CLIENTS),
-            links.send_page,
-            lambda: self._sessions,
-            clock_ms,
-            self._told,
-        )
-        links.route_pages(
-            partial(wire.open_page, kind=PageKind.CLIENTS), self._pages.received, PageKind.CLIENTS
+        self._pages = Pages.over(
+            links, wire, PageKind.CLIENTS, lambda: self._sessions, clock_ms, self._told
         )
         self._reconnect = Reconnect(
             settings.interface,

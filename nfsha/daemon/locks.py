@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,15 +91,8 @@ class Locks:
         self._log = LimitedLog(log, clock_ms)
         self._sessions = (0, 0)
         self._epoch: Epoch | None = None
-        self._pages = Pages(
-            partial(wire.seal_page, kind=PageKind.LOCKS),
-            links.send_page,
-            lambda: self._sessions,
-            clock_ms,
-            self._told,
-        )
-        links.route_pages(
-            partial(wire.open_page, kind=PageKind.LOCKS), self._pages.received, PageKind.LOCKS
+        self._pages = Pages.over(
+            links, wire, PageKind.LOCKS, lambda: self._sessions, clock_ms, self._told
         )
         self._resolver = Resolver()
         self._names: dict[IPAddress, str] = {}

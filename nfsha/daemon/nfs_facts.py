@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from nfsha import __version__
@@ -157,15 +156,7 @@ class NfsFacts:
     def _pages_of(
         self, kind: PageKind, wire: Wire, links: Links, arrived: Callable[[bytes], None]
     ) -> Pages:
-        made = Pages(
-            partial(wire.seal_page, kind=kind),
-            links.send_page,
-            lambda: self._sessions,
-            self._clock_ms,
-            arrived,
-        )
-        links.route_pages(partial(wire.open_page, kind=kind), made.received, kind)
-        return made
+        return Pages.over(links, wire, kind, lambda: self._sessions, self._clock_ms, arrived)
 
     # ------------------------------------------------------------- life
 

@@ -22,7 +22,7 @@ from nfsha.peer import pages
 from nfsha.peer.keys import KeyRing
 from nfsha.peer.links import Links
 from nfsha.peer.pages import FactsError, Pages
-from nfsha.peer.wire import Wire
+from nfsha.peer.wire import PageKind, Wire
 from nfsha.replica.replicator import Ends, Replicator
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,9 @@ class Replication:
         self.replicator: Replicator | None = None
         if settings.replication != RSYNC:
             return
-        self._pages = Pages(
-            wire.seal_page, links.send_page, lambda: self._sessions, clock_ms, self._told
+        self._pages = Pages.over(
+            links, wire, PageKind.FACTS, lambda: self._sessions, clock_ms, self._told
         )
-        links.route_pages(wire.open_page, self._pages.received)
         self.replicator = Replicator(
             settings,
             ring.sealing.secret,

@@ -18,8 +18,11 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
-from nfsha.peer.wire import CHUNK_BYTES, DIGEST_BYTES, NO_DIGEST, Page
+from nfsha.peer.links import Links
+from nfsha.peer.wire import CHUNK_BYTES, DIGEST_BYTES, NO_DIGEST, Page, PageKind, Wire
 
 MAX_BLOB_BYTES = 1 << 20
 """Upper bound of a blob: some ten thousand volumes, and the memory for one that arrives."""
@@ -147,6 +150,22 @@ class Pages:
         self._announced = NO_DIGEST
         self._held = NO_DIGEST
         self._assembly: _Assembly | None = None
+
+    @classmethod
+    def over(
+        cls,
+        links: Links,
+        wire: Wire,
+        kind: PageKind,
+        sessions: Callable[[], tuple[int, int]],
+        clock_ms: Callable[[], int],
+        changed: Callable[[bytes], None],
+    ) -> Self:
+        """Facts of this kind, over these links; the rest as above."""
+        seal = partial(wire.seal_page, kind=kind)
+        made = cls(seal, links.send_page, sessions, clock_ms, changed)
+        links.route_pages(partial(wire.open_page, kind=kind), made.received, kind)
+        return made
 
     @property
     def fresh(self) -> bool:
