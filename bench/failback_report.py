@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.failback_findings import SIDES, Findings, Sample, bars, sizes
 from bench.failback_sides import ADVERT_S, RUNBOOK
-from bench.findings import Bar
 from bench.measure import Spread
+from bench.tables import bars_table, facts_table, table
 
-_WORDS = {True: "met", False: "**not met**", None: "not measured"}
 _TITLES = {"a": "primary", "b": "standby"}
 
 
@@ -31,9 +30,9 @@ def page(findings: Findings) -> str:
     parts = [
         "# Failback: nfsha beside the manual runbook",
         _how(findings),
-        _facts(findings),
+        facts_table(findings.facts),
         "## Bars",
-        _bars(bars(findings)),
+        bars_table(bars(findings)),
         "## Time without service (s)",
         "Longest time from one acknowledged operation of a client (open by path, write, commit, "
         "close; one each 20 ms, on one connection) to the next, around the move.",
@@ -69,25 +68,12 @@ def _how(findings: Findings) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _facts(findings: Findings) -> str:
-    return _table(["", ""], ([name, said] for name, said in findings.facts.items()))
-
-
-def _bars(judged: Iterable[Bar]) -> str:
-    return _table(["bar", "found", ""], ([bar.text, bar.found, _WORDS[bar.met]] for bar in judged))
-
-
 def _cells(findings: Findings, figure: Callable[[Sample], float]) -> str:
     rows = [
         [f"{size:,} files", *(_cell(findings.spread(side, size, figure)) for side in SIDES)]
         for size in sizes(findings)
     ]
-    return _table(["", *SIDES.values()], rows)
+    return table(["", *SIDES.values()], rows)
 
 
 def _cell(spread: Spread | None, form: str = ".2f") -> str:
@@ -103,7 +89,7 @@ def _parts(findings: Findings, side: str, title: str) -> list[str]:
         return []
     rows = [[name, *(_cell(parts.get(name), ".0f") for parts in found.values())] for name in names]
     head = [title, *(f"{size:,} files" for size in found)]
-    return [f"## What the time without service goes into: {title} (ms)", _table(head, rows)]
+    return [f"## What the time without service goes into: {title} (ms)", table(head, rows)]
 
 
 def _losses(findings: Findings) -> list[str]:
@@ -128,7 +114,7 @@ def _losses(findings: Findings) -> list[str]:
         "## What became of the clients' operations",
         "Stale: under way at the move, its file open on the old node (docs/limits.md). Lost: "
         "acknowledged, and not there afterwards, read through the VIP on a new connection.",
-        _table(head, rows),
+        table(head, rows),
     ]
 
 
@@ -143,7 +129,7 @@ def _equal(findings: Findings) -> list[str]:
         for one in findings.equalities
     ]
     head = ["files", "nfsha's two copies after all rounds and one pass, all contents read"]
-    return ["## Trees afterwards", _table(head, rows)]
+    return ["## Trees afterwards", table(head, rows)]
 
 
 def _failures(findings: Findings) -> list[str]:

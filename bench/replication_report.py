@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.findings import Bar
 from bench.replication_findings import (
     FIRST,
     PASSES,
@@ -18,8 +17,8 @@ from bench.replication_findings import (
     left_unequal,
     sizes,
 )
+from bench.tables import bars_table, facts_table, table
 
-_WORDS = {True: "met", False: "**not met**", None: "not measured"}
 _Figure = tuple[str, str, Callable[[Sample], float]]
 _DURABLE: _Figure = ("until all is on the disk (s)", ".2f", lambda one: one.durable_s)
 _FIGURES: tuple[_Figure, ...] = (
@@ -55,9 +54,9 @@ def page(findings: Findings) -> str:
         "memory; a row tells when these are on the disk too. Cells: minimum / **median** / "
         "maximum of "
         f"{findings.runs} run{'s' if findings.runs != 1 else ''}.",
-        _facts(findings),
+        facts_table(findings.facts),
         "## Bars",
-        _bars(bars(findings)),
+        bars_table(bars(findings)),
     ]
     for size in sizes(findings):
         for scenario, words in PASSES.items():
@@ -69,26 +68,13 @@ def page(findings: Findings) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _facts(findings: Findings) -> str:
-    return _table(["", ""], ([name, said] for name, said in findings.facts.items()))
-
-
-def _bars(judged: Iterable[Bar]) -> str:
-    return _table(["bar", "found", ""], ([bar.text, bar.found, _WORDS[bar.met]] for bar in judged))
-
-
 def _cells(findings: Findings, scenario: str, size: int) -> str:
     figures = [_FIGURES[0], _DURABLE, *_FIGURES[1:]] if scenario in FIRST else _FIGURES
     rows = [
         [title, *(_cell(findings, side, scenario, size, form, figure) for side in SIDES)]
         for title, form, figure in figures
     ]
-    return _table(["", *SIDES.values()], rows)
+    return table(["", *SIDES.values()], rows)
 
 
 def _cell(
@@ -138,7 +124,7 @@ def _equal(findings: Findings) -> list[str]:
         for one in findings.equalities
     ]
     head = ["copy", "tree", "files", "compared with its source, all contents read"]
-    return ["## Trees afterwards", _table(head, rows), *_of_cron(findings)]
+    return ["## Trees afterwards", table(head, rows), *_of_cron(findings)]
 
 
 def _of_cron(findings: Findings) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.contestants import KINDS, Kind
 from bench.faults import FAULTS, Fault
-from bench.findings import Bar, Findings, bars
+from bench.findings import Findings, bars
 from bench.measure import Spread
+from bench.tables import bars_table, facts_table, table
 from bench.trial import Sample
 
-_WORDS = {True: "met", False: "**not met**", None: "not measured"}
 _FIGURES: tuple[tuple[str, str, Callable[[Sample], float]], ...] = (
     (
         "Outage of a fresh RPC NULL each 5 ms (ms)",
@@ -67,9 +67,9 @@ def page(findings: Findings) -> str:
         "run, each in a lab of its own: two storage nodes with nfs-ganesha, a client, a third "
         "place, in network namespaces of one machine. Cells: minimum / **median** / maximum of "
         f"{findings.runs} run{'s' if findings.runs != 1 else ''}.",
-        _facts(findings),
+        facts_table(findings.facts),
         "## Bars",
-        _bars(bars(findings)),
+        bars_table(bars(findings)),
     ]
     for title, words, figure in _FIGURES:
         parts += [f"## {title}", words, _figures(findings, figure)]
@@ -77,25 +77,12 @@ def page(findings: Findings) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _facts(findings: Findings) -> str:
-    return _table(["", ""], ([name, said] for name, said in findings.facts.items()))
-
-
-def _bars(judged: Iterable[Bar]) -> str:
-    return _table(["bar", "found", ""], ([bar.text, bar.found, _WORDS[bar.met]] for bar in judged))
-
-
 def _figures(findings: Findings, figure: Callable[[Sample], float]) -> str:
     head = ["fault", *(kind.title for kind in KINDS)]
     rows = [
         [fault.title, *(_cell(findings, kind, fault, figure) for kind in KINDS)] for fault in FAULTS
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _cell(findings: Findings, kind: Kind, fault: Fault, figure: Callable[[Sample], float]) -> str:
@@ -127,7 +114,7 @@ def _calm(findings: Findings) -> str:
         for one in findings.calm
     ]
     head = ["all cores busy", "minutes", "CPU used", "takeovers", "releases", "late turns"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _idle(findings: Findings) -> str:
@@ -140,7 +127,7 @@ def _idle(findings: Findings) -> str:
         ]
         for one in findings.idle
     ]
-    return _table(["idle daemon", "seconds", "of a core", "MiB resident"], rows) if rows else ""
+    return table(["idle daemon", "seconds", "of a core", "MiB resident"], rows) if rows else ""
 
 
 def _failures(findings: Findings) -> list[str]:
