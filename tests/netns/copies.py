@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.netns.lab import Lab
 from tests.netns.labkit.place import LabError
@@ -104,3 +107,19 @@ class Copies(Pair):
     def differences(self, name: str = "data") -> list[str]:
         """What differs between the two copies, by a walk of our own."""
         return differences(self.here("a", name), self.here("b", name))
+
+
+@contextmanager
+def hanging(copies: Copies, node: str) -> Iterator[None]:
+    """The node's rsync daemon does not answer."""
+    daemon = psutil.Process(copies.daemon(node).pid)
+    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
+    assert stopped
+    for one in stopped:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in stopped:
+            if one.is_running():
+                one.resume()

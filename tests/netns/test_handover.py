@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.netns.copies import SYNC, Copies
+from tests.netns.copies import SYNC, Copies, hanging
 from tests.netns.lab import Lab
 from tests.netns.labkit.network import VIP
 from tests.netns.labkit.nfs_client import RECORD_BYTES
@@ -57,17 +56,8 @@ class Moving(threading.Thread):
 def source_that_hangs(copies: Copies, node: str) -> Iterator[None]:
     """From the freeze on, the giver's rsync daemon does not answer: the last pass cannot end."""
     copies.wait_phase(node, "FREEZING", since_ms=copies.now_ms() - 2000, within_s=20)
-    daemon = psutil.Process(copies.daemon(node).pid)
-    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
-    assert stopped
-    for one in stopped:
-        one.suspend()
-    try:
+    with hanging(copies, node):
         yield
-    finally:
-        for one in stopped:
-            if one.is_running():
-                one.resume()
 
 
 def assert_held_not_failed(records: Records, moves: int) -> None:

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from nfsha.daemon.node_guards import GUARDS
 from nfsha.replica.source import RSYNC
-from tests.netns.copies import SYNC, Copies
+from tests.netns.copies import SYNC, Copies, hanging
 from tests.netns.lab import STORAGE, Lab
 from tests.netns.labkit.network import PLACES, VIP
 from tests.netns.labkit.nfs_server import ganesha_config
@@ -401,22 +400,6 @@ class Moving(threading.Thread):
     def ended(self) -> Asked:
         self.join(MOVE_S)
         return self.asked
-
-
-@contextmanager
-def hanging(copies: Copies, node: str) -> Iterator[None]:
-    """The node's rsync daemon does not answer."""
-    daemon = psutil.Process(copies.daemon(node).pid)
-    stopped = [one for one in daemon.children(recursive=True) if one.name() == "rsync"]
-    assert stopped
-    for one in stopped:
-        one.suspend()
-    try:
-        yield
-    finally:
-        for one in stopped:
-            if one.is_running():
-                one.resume()
 
 
 def turns(copies: Copies) -> tuple[str, str, str]:
