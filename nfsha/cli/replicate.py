@@ -1,7 +1,8 @@
 r"""The commands about the copies: passes, pairs of volumes, the quarantine.
 
 They ask the daemon, which has the guards. Names of volumes and files are bytes: they travel, are
-shown and are typed in one spelling (`nfsha.replica.beneath.shown`), in which `\\x0a` is a newline.
+shown and are typed in one spelling (`nfsha.replica.files.beneath.shown`), in which `\\x0a` is a
+newline.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nfsha.cli import client, render_quarantine, render_volumes, watch
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.operate import confirm
 from nfsha.cli.words import count, get, printable, size, spelled
-from nfsha.replica.beneath import from_shown, shown
+from nfsha.replica.files.beneath import from_shown, shown
 
 DEFAULT: Final = "default"
 UNLIMITED: Final = "unlimited"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from nfsha.replica.beneath import shown
+from nfsha.replica.files.beneath import shown
 
 WIDTH: Final = 80
 _LABEL: Final = 13

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from nfsha.host.control import CommandError, Credentials
-from nfsha.replica.beneath import from_shown, shown
-from nfsha.replica.quarantine import (
+from nfsha.replica.files.beneath import from_shown, shown
+from nfsha.replica.quarantine.quarantine import (
     Listing,
     Quarantine,
     QuarantineError,
@@ -23,7 +23,7 @@ from nfsha.replica.quarantine import (
     over_limits,
 )
 from nfsha.replica.replicator import ReplicaError, Replicator
-from nfsha.replica.volumes import VolumeError
+from nfsha.replica.volume.volumes import VolumeError
 
 Facts = dict[str, Any]
 _T = TypeVar("_T")

@@ -18,9 +18,9 @@ from nfsha.daemon.nfs_facts import Heard, Told
 from nfsha.daemon.node_guards import Both, Guarded, judged
 from nfsha.nfs.clients import IPAddress
 from nfsha.nfs.file_handles import HandleFacts
-from nfsha.replica.inventory import Pair
-from nfsha.replica.volume_facts import VolumeFacts, is_of_another_history
-from nfsha.replica.volumes import IDENTITY_NAME
+from nfsha.replica.files.own_names import IDENTITY_NAME
+from nfsha.replica.volume.facts import VolumeFacts, is_of_another_history
+from nfsha.replica.volume.inventory import Pair
 
 SIZE_TOLERANCE = 100
 """One part in so many: equal disks formatted by other programs (as in `volume_facts`)."""

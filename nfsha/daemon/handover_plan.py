@@ -24,11 +24,11 @@ from nfsha.daemon.handover_answers import HandoverAnswers
 from nfsha.daemon.shapes import fits
 from nfsha.daemon.shell import Shell
 from nfsha.host.control import CommandError, Credentials
-from nfsha.replica import estimate
-from nfsha.replica.estimate import SHAPE, Estimate
-from nfsha.replica.inventory import Pair
-from nfsha.replica.marks import EVERYTHING
+from nfsha.replica.fetching import estimate
+from nfsha.replica.fetching.estimate import SHAPE, Estimate
 from nfsha.replica.replicator import Replicator
+from nfsha.replica.volume.inventory import Pair
+from nfsha.replica.volume.marks import EVERYTHING
 
 Facts = dict[str, Any]
 

@@ -19,9 +19,9 @@ from nfsha.daemon.inbox import Inbox
 from nfsha.daemon.shapes import fits
 from nfsha.daemon.world import World
 from nfsha.host.reports import FOLDER, SIDES, ReportError, ReportStore, as_report, has_both
-from nfsha.replica import tally
-from nfsha.replica.progress import Progress
-from nfsha.replica.receiving import Receiving
+from nfsha.replica.fetching import tally
+from nfsha.replica.handover.receiving import Receiving
+from nfsha.replica.rsync.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from nfsha.peer.limited_log import LimitedLog
 from nfsha.peer.links import Links
 from nfsha.peer.pages import Pages
 from nfsha.peer.wire import PageKind, Wire
-from nfsha.replica.durable import read_small, write_durably
+from nfsha.replica.files.durable import read_small, write_durably
 
 log = logging.getLogger(__name__)
 

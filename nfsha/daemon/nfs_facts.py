@@ -31,8 +31,9 @@ from nfsha.peer.keys import KeyRing
 from nfsha.peer.links import Links
 from nfsha.peer.pages import Pages
 from nfsha.peer.wire import PageKind, Wire
-from nfsha.replica import rsync_version, source
-from nfsha.replica.volumes import IDENTITY_NAME
+from nfsha.replica.files.own_names import IDENTITY_NAME
+from nfsha.replica.rsync import rsync_version
+from nfsha.replica.source import source
 from nfsha.vip.address import AddressDriver
 from nfsha.vip.announce import Announcer
 from nfsha.vip.rtnetlink import VipError

@@ -11,8 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nfsha.replica.changed_files import ChangedError
-from nfsha.replica.marks import (
+from nfsha.replica.content.changed_files import ChangedError
+from nfsha.replica.content.questions import Question, question_from_json
+from nfsha.replica.content.suspects import SuspectError
+from nfsha.replica.volume.facts import (
+    VolumeError,
+    VolumeFacts,
+    as_json,
+    cut,
+    from_json,
+    is_identity,
+    is_text,
+)
+from nfsha.replica.volume.marks import (
     EVERYTHING,
     MAX_MARKS,
     MAX_WHY,
@@ -21,17 +32,6 @@ from nfsha.replica.marks import (
     MarkStore,
     mark_as_json,
     mark_from_json,
-)
-from nfsha.replica.questions import Question, question_from_json
-from nfsha.replica.suspects import SuspectError
-from nfsha.replica.volume_facts import (
-    VolumeError,
-    VolumeFacts,
-    as_json,
-    cut,
-    from_json,
-    is_identity,
-    is_text,
 )
 
 VERSION: Final = 1

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nfsha.replica.inventory import Inventory
-from nfsha.replica.marks import EVERYTHING, MarkStore
-from nfsha.replica.published import last_run_path
+from nfsha.replica.journal.published import last_run_path
+from nfsha.replica.volume.inventory import Inventory
+from nfsha.replica.volume.marks import EVERYTHING, MarkStore
 
 
 class NotForgottenError(Exception):

@@ -19,24 +19,26 @@ from typing import Any
 from nfsha.config import IPAddress, Settings
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, ReplicaChanged
 from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
-from nfsha.replica import exchange, forgetting, rsync_version, volumes
-from nfsha.replica.arguments import From
-from nfsha.replica.child import end_leftovers
+from nfsha.replica import exchange, forgetting
 from nfsha.replica.clocks import Clocks
-from nfsha.replica.copying import Copy, State
-from nfsha.replica.estimate import Estimating
+from nfsha.replica.content.questions import Answering
 from nfsha.replica.exchange import ExchangeError
-from nfsha.replica.fetching import END_WITHIN_S, Fetching
+from nfsha.replica.fetching.copying import Copy, State
+from nfsha.replica.fetching.estimate import Estimating
+from nfsha.replica.fetching.fetching import END_WITHIN_S, Fetching
+from nfsha.replica.fetching.schedule import Cause, Kind, Reason
 from nfsha.replica.forgetting import NotForgottenError
-from nfsha.replica.inventory import Inventory, Pair
-from nfsha.replica.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
-from nfsha.replica.quarantine import Quarantine, QuarantineError, over_limits
-from nfsha.replica.questions import Answering
-from nfsha.replica.receiving import MAX_FAILURES, Receiving
-from nfsha.replica.schedule import Cause, Kind, Reason
-from nfsha.replica.serving import Serving
-from nfsha.replica.source import RSYNC, Source, epoch_token
-from nfsha.replica.volume_facts import VolumeError, VolumeFacts, as_json
+from nfsha.replica.handover.receiving import MAX_FAILURES, Receiving
+from nfsha.replica.quarantine.quarantine import Quarantine, QuarantineError, over_limits
+from nfsha.replica.rsync import rsync_version
+from nfsha.replica.rsync.arguments import From
+from nfsha.replica.rsync.child import end_leftovers
+from nfsha.replica.source.serving import Serving
+from nfsha.replica.source.source import RSYNC, Source, epoch_token
+from nfsha.replica.volume import volumes
+from nfsha.replica.volume.facts import VolumeError, VolumeFacts, as_json
+from nfsha.replica.volume.inventory import Inventory, Pair
+from nfsha.replica.volume.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
 
 log = logging.getLogger(__name__)
 

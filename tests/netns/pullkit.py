@@ -18,11 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nfsha.replica.arguments import From
-from nfsha.replica.deletions import DeleteLimits
-from nfsha.replica.passes import PassOutcome, PassRequest
-from nfsha.replica.progress import Progress
-from nfsha.replica.pull import Pull
+from nfsha.replica.passes.pull import Pull
+from nfsha.replica.passes.request import PassOutcome, PassRequest
+from nfsha.replica.rsync.arguments import From
+from nfsha.replica.rsync.deletions import DeleteLimits
+from nfsha.replica.rsync.progress import Progress
 from tests.netns.volumekit import LoopVolume
 
 _UP_WITHIN_S = 5.0

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from nfsha.daemon.node_guards import GUARDS
-from nfsha.replica.source import RSYNC
+from nfsha.replica.source.source import RSYNC
 from tests.netns.copies import SYNC, Copies, hanging
 from tests.netns.lab import STORAGE, Lab
 from tests.netns.labkit.network import PLACES, VIP

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from nfsha.replica.changes import ChangeJournal, ChangesError, Published
-from nfsha.replica.exits import Verdict
-from nfsha.replica.volumes import VolumeFacts, discover
+from nfsha.replica.journal.changes import ChangeJournal, ChangesError, Published
+from nfsha.replica.rsync.exits import Verdict
+from nfsha.replica.volume.volumes import VolumeFacts, discover
 from tests.netns.namespaces import run
 from tests.netns.pullkit import UUID, PlainSource, limits, pull
 from tests.netns.treewalk import differences, make_odd_tree

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica import changes, fanotify, handles, ledger, published
-from nfsha.replica.changes import (
+from nfsha.replica.journal import changes, fanotify, handles, ledger, published
+from nfsha.replica.journal.changes import (
     ChangeJournal,
     ChangesError,
     Published,
@@ -941,8 +941,8 @@ def test_a_folder_without_handles_is_refused_in_words(tmp_path: Path) -> None:
 _TOO_MANY = """
 import os, resource, sys, time
 from pathlib import Path
-from nfsha.replica import fanotify
-from nfsha.replica.changes import ChangeJournal, ChangesError
+from nfsha.replica.journal import fanotify
+from nfsha.replica.journal.changes import ChangeJournal, ChangesError
 
 def why():
     journal = ChangeJournal(root, root_fd, sys.argv[2], home, lambda: 0, time.time_ns)

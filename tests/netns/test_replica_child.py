@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nfsha.replica.child import (
+from nfsha.replica.rsync.child import (
     GRACE_S,
     MAX_LINE_BYTES,
     TAIL_BYTES,
@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 FAMILY = "sleep 1000 & setsid sleep 1000 & (setsid sleep 1000 &) ; echo ready; wait"
 PARENT = """
 import asyncio, os, sys
-from nfsha.replica.child import Child
+from nfsha.replica.rsync.child import Child
 
 async def main():
     child = await Child.start(["sh", "-c", sys.argv[1]], name="family")
@@ -299,7 +299,7 @@ def test_a_parent_killed_by_sigkill_takes_the_whole_tree_along(script: str) -> N
 def test_a_parent_that_dies_at_any_moment_of_the_start_leaves_nobody() -> None:
     started = """
 import asyncio
-from nfsha.replica.child import Child
+from nfsha.replica.rsync.child import Child
 print("go", flush=True)
 asyncio.run(Child.start(["sleep", "987654"], name="brief"))
 """
@@ -413,7 +413,7 @@ def test_what_cannot_be_started_says_why(tmp_path: Path) -> None:
 def test_without_the_right_to_make_namespaces_it_says_so() -> None:
     script = """
 import asyncio
-from nfsha.replica.child import Child, ChildError
+from nfsha.replica.rsync.child import Child, ChildError
 try:
     asyncio.run(Child.start(["true"], name="test"))
 except ChildError as error:

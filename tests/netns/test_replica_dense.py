@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica import dense_lists, filling
-from nfsha.replica.dense import DenseFiles, dense_name, read_dense
-from nfsha.replica.dense_lists import DenseLists
-from nfsha.replica.exits import Verdict
-from nfsha.replica.passes import PassOutcome
-from nfsha.replica.volume_facts import VolumeFacts
-from nfsha.replica.volumes import discover, write_identity
+from nfsha.replica.passes import filling
+from nfsha.replica.passes.request import PassOutcome
+from nfsha.replica.rsync.exits import Verdict
+from nfsha.replica.source import dense_lists
+from nfsha.replica.source.dense_lists import DenseLists
+from nfsha.replica.volume.dense import DenseFiles, dense_name, read_dense
+from nfsha.replica.volume.facts import VolumeFacts
+from nfsha.replica.volume.volumes import discover, write_identity
 from tests.netns.copies import Copies
 from tests.netns.lab import Lab
 from tests.netns.pullkit import UUID, PlainSource, clock_ms, limits, pull

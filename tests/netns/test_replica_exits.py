@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from nfsha.replica.arguments import From
-from nfsha.replica.exits import Verdict
-from nfsha.replica.passes import PassOutcome
-from nfsha.replica.progress import Progress, Stage
-from nfsha.replica.pull import Pull
+from nfsha.replica.passes.pull import Pull
+from nfsha.replica.passes.request import PassOutcome
+from nfsha.replica.rsync.arguments import From
+from nfsha.replica.rsync.exits import Verdict
+from nfsha.replica.rsync.progress import Progress, Stage
 from tests.netns.pullkit import (
     UUID,
     Login,
@@ -247,7 +247,7 @@ def test_24_what_vanished_is_looked_for_again(
 def test_24_what_comes_and_goes_leaves_the_pass_incomplete(
     daemon: PlainSource, places: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfsha.replica.pull._LOOKS_MAX", 0)
+    monkeypatch.setattr("nfsha.replica.passes.pull._LOOKS_MAX", 0)
     with_large(places[0])
     odd = write(places[0] / os.fsdecode(ODD))
     outcome = cut(daemon, places, lambda _pid, _one: odd.unlink(), bandwidth_kib_s=500)

@@ -18,15 +18,15 @@ import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import filling
-from nfsha.replica.arguments import Course, From, folder_list
-from nfsha.replica.child import Priority
-from nfsha.replica.control import fetch_control
-from nfsha.replica.exits import Ending, Verdict
-from nfsha.replica.passes import PassOutcome
-from nfsha.replica.progress import Progress, Stage
-from nfsha.replica.pull import Pull
-from nfsha.replica.source import Source, SourceVolume, epoch_token
+from nfsha.replica.fetching.control import fetch_control
+from nfsha.replica.passes import filling
+from nfsha.replica.passes.pull import Pull
+from nfsha.replica.passes.request import PassOutcome
+from nfsha.replica.rsync.arguments import Course, From, folder_list
+from nfsha.replica.rsync.child import Priority
+from nfsha.replica.rsync.exits import Ending, Verdict
+from nfsha.replica.rsync.progress import Progress, Stage
+from nfsha.replica.source.source import Source, SourceVolume, epoch_token
 from tests.netns.namespaces import run
 from tests.netns.pullkit import (
     UUID,

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import beneath
-from nfsha.replica.quarantine import MAX_NAMES, STORE, Entry, Quarantine, QuarantineError
+from nfsha.replica.files import beneath
+from nfsha.replica.quarantine.quarantine import MAX_NAMES, STORE, Entry, Quarantine, QuarantineError
 from tests.netns.namespaces import run
 from tests.netns.treewalk import acl, differences, make_odd_tree
 from tests.netns.volumekit import LoopVolume

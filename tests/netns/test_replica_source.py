@@ -24,13 +24,14 @@ import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import doorkeeper, fresh, rsync_version
 from nfsha.replica.clocks import Clocks
-from nfsha.replica.fresh import Coalesced, NotFreshError
-from nfsha.replica.inventory import Inventory
-from nfsha.replica.published import Published, read_published
-from nfsha.replica.serving import Serving, changes_name
-from nfsha.replica.source import (
+from nfsha.replica.journal.published import Published, read_published
+from nfsha.replica.rsync import rsync_version
+from nfsha.replica.source import doorkeeper, fresh
+from nfsha.replica.source.facts import read_facts
+from nfsha.replica.source.fresh import Coalesced, NotFreshError
+from nfsha.replica.source.serving import Serving, changes_name
+from nfsha.replica.source.source import (
     CONTROL_MODULE,
     MAX_LOG_BYTES,
     RSYNC,
@@ -39,7 +40,7 @@ from nfsha.replica.source import (
     SourceVolume,
     epoch_token,
 )
-from nfsha.replica.source_facts import read_facts
+from nfsha.replica.volume.inventory import Inventory
 from tests.netns.namespaces import Namespace, connect, inside, namespaces, run
 from tests.netns.volumekit import LoopVolume, make_volume
 
@@ -649,7 +650,7 @@ def test_the_log_is_bounded(net: Net, volume: Fixture, tmp_path: Path) -> None:
 SOURCE_ALONE = """
 import asyncio, sys, time
 from pathlib import Path
-from nfsha.replica.source import EpochToken, Source, SourceVolume
+from nfsha.replica.source.source import EpochToken, Source, SourceVolume
 
 async def main():
     folder, user, password, uuid, volume = sys.argv[1:]
@@ -1039,7 +1040,7 @@ PUBLISHING_ALONE = SOURCE_ALONE.replace(
     "    source.fresh = lambda: asyncio.sleep(0)\n"
     "    fresh.ANSWER_WITHIN_S = 2.0\n"
     "    await source.serve(",
-).replace("import asyncio,", "from nfsha.replica import fresh\nimport asyncio,")
+).replace("import asyncio,", "from nfsha.replica.source import fresh\nimport asyncio,")
 
 
 def test_an_nfsha_that_is_stopped_makes_its_source_refuse_in_time(

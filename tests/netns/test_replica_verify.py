@@ -21,11 +21,7 @@ from pathlib import Path
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.arguments import INCOMING_NAME, From
-from nfsha.replica.exits import Verdict
-from nfsha.replica.progress import Progress
-from nfsha.replica.quarantine import STORE, Quarantine
-from nfsha.replica.suspects import (
+from nfsha.replica.content.suspects import (
     Kind,
     SuspectAnswer,
     SuspectQuestion,
@@ -33,7 +29,12 @@ from nfsha.replica.suspects import (
     answers_from_json,
     answers_to_json,
 )
-from nfsha.replica.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.content.verify import Helpers, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.files.own_names import INCOMING
+from nfsha.replica.quarantine.quarantine import STORE, Quarantine
+from nfsha.replica.rsync.arguments import From
+from nfsha.replica.rsync.exits import Verdict
+from nfsha.replica.rsync.progress import Progress
 from tests.netns.namespaces import run
 from tests.netns.treewalk import OWN_NAMES, differences
 from tests.netns.volumekit import LoopVolume, loop_volumes
@@ -458,7 +459,7 @@ def test_a_limited_rate_holds_and_ordinary_passes_take_turns(two: Two) -> None:
 
 
 def test_many_slices_compare_everything_once(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nfsha.replica.verify.SLICE_FILES", 20)
+    monkeypatch.setattr("nfsha.replica.content.verify.SLICE_FILES", 20)
     names = fill(two)
     rotten = names[::9]
     for name in rotten:
@@ -474,8 +475,8 @@ def test_many_slices_compare_everything_once(two: Two, monkeypatch: pytest.Monke
 def test_more_suspects_than_one_verify_takes_are_left_to_the_next(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfsha.replica.verify.MAX_SUSPECTS", 5)
-    monkeypatch.setattr("nfsha.replica.verify.SLICE_FILES", 10)
+    monkeypatch.setattr("nfsha.replica.content.verify.MAX_SUSPECTS", 5)
+    monkeypatch.setattr("nfsha.replica.content.verify.SLICE_FILES", 10)
     names = fill(two)
     for name in names[:8]:
         write_back(two.at_copy(name), b"ROT")
@@ -582,7 +583,7 @@ def test_ended_at_any_moment_of_a_repair(two: Two, delay_ms: int) -> None:
     two.ordinary_pass()
     two.after_ask = lambda: None
     assert two.verify().verdict is Verdict.COMPLETE
-    left = OWN_NAMES | {INCOMING_NAME}  # the next pass clears it
+    left = OWN_NAMES | {INCOMING}  # the next pass clears it
     assert differences(two.source.path, two.copy.path, ignore=left) == []
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.durable import write_durably_at
-from nfsha.replica.superblock import listed_uuids, read_uuid
-from nfsha.replica.volumes import (
-    IDENTITY_NAME,
-    OWN_NAMES,
-    STAMP_NAME,
+from nfsha.replica.files.durable import write_durably_at
+from nfsha.replica.files.own_names import IDENTITY_NAME, OWN_NAMES, STAMP_NAME
+from nfsha.replica.volume.superblock import listed_uuids, read_uuid
+from nfsha.replica.volume.volumes import (
     VolumeError,
     VolumeFacts,
     discover,

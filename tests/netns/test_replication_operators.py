@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nfsha.replica.quarantine import Quarantine
+from nfsha.replica.quarantine.quarantine import Quarantine
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
 

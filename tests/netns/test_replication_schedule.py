@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nfsha.replica import marks
+from nfsha.replica.volume import marks
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.source import epoch_token
+from nfsha.replica.source.source import epoch_token
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import Lab
 from tests.netns.labkit.network import PLACES

@@ -175,8 +175,8 @@ COPY = """
 import asyncio, subprocess, sys, time
 from pathlib import Path
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.child import Child
-from nfsha.replica.source import Source, SourceVolume, epoch_token
+from nfsha.replica.rsync.child import Child
+from nfsha.replica.source.source import Source, SourceVolume, epoch_token
 
 UUID = "12345678-1234-1234-1234-123456789abc"
 here, there, runtime = map(Path, sys.argv[1:])

@@ -23,7 +23,7 @@ from nfsha.cli.exits import Exit
 from nfsha.cli.main import main
 from nfsha.cli.words import Style
 from nfsha.host import control
-from nfsha.replica.beneath import from_shown, shown
+from nfsha.replica.files.beneath import from_shown, shown
 from tests.unit import situations
 from tests.unit.fake_daemon import Daemon, Facts, configure, said
 

@@ -26,7 +26,7 @@ from nfsha.cli.words import Style
 from nfsha.daemon import copy_answers
 from nfsha.daemon.copy_answers import PART_BYTES, PART_ENTRIES, STATUS_ALARMS, CopyAnswers
 from nfsha.host import control
-from nfsha.replica.quarantine import Quarantine, QuarantineError
+from nfsha.replica.quarantine.quarantine import Quarantine, QuarantineError
 from nfsha.replica.replicator import Replicator
 
 Facts = dict[str, Any]

@@ -18,8 +18,8 @@ from nfsha.daemon.handover_report import Moves, progress
 from nfsha.daemon.handover_track import SERVED_WITHIN_MS, Part, Tracker
 from nfsha.daemon.shapes import MAX_BYTES, fits
 from nfsha.host.control import CommandError
-from nfsha.replica.progress import Progress, Stage
-from nfsha.replica.tally import Tally
+from nfsha.replica.fetching.tally import Tally
+from nfsha.replica.rsync.progress import Progress, Stage
 from tests.unit import situations
 from tests.unit.situations import Pair, given
 

@@ -19,8 +19,8 @@ from nfsha.nfs.file_handles import Handle, HandleFacts
 from nfsha.nfs.portmap import Registered
 from nfsha.nfs.served import Served
 from nfsha.nfs.v3_fence import Answers, FenceFacts, Version4
-from nfsha.replica.inventory import Pair
-from nfsha.replica.volume_facts import VolumeFacts, differences
+from nfsha.replica.volume.facts import VolumeFacts, differences
+from nfsha.replica.volume.inventory import Pair
 from tests.unit.situations import EPOCH, copied, settled
 
 VIP = "10.0.0.100"

@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import unreplicated
-from nfsha.replica.changed_files import (
+from nfsha.replica.content import unreplicated
+from nfsha.replica.content.changed_files import (
     SLACK_NS,
     ChangedError,
     ChangedFiles,
@@ -21,11 +21,11 @@ from nfsha.replica.changed_files import (
     answer,
     changed_since,
 )
-from nfsha.replica.exits import Ending, Verdict
-from nfsha.replica.marks import Mark
-from nfsha.replica.quarantine import Entry, Quarantine
-from nfsha.replica.room import BLOCK_BYTES, lacking
-from nfsha.replica.verify import Look, Verify
+from nfsha.replica.content.verify import Look, Verify
+from nfsha.replica.quarantine.quarantine import Entry, Quarantine
+from nfsha.replica.quarantine.room import BLOCK_BYTES, lacking
+from nfsha.replica.rsync.exits import Ending, Verdict
+from nfsha.replica.volume.marks import Mark
 
 UUID = "0d8ab111-3c0a-4d4f-9d7c-0123456789ab"
 OWN = Epoch(2, "00000000000000aa", Role.PRIMARY)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.replica import changes, fanotify
-from nfsha.replica import ledger as ledger_module
-from nfsha.replica.changes import (
+from nfsha.replica.journal import changes, fanotify
+from nfsha.replica.journal import ledger as ledger_module
+from nfsha.replica.journal.changes import (
     ChangeJournal,
     ChangesError,
     Published,
@@ -23,9 +23,9 @@ from nfsha.replica.changes import (
     read_last,
     read_published,
 )
-from nfsha.replica.handles import Tree
-from nfsha.replica.ledger import MAX_WANTED, Ledger
-from nfsha.replica.published import encode_published
+from nfsha.replica.journal.handles import Tree
+from nfsha.replica.journal.ledger import MAX_WANTED, Ledger
+from nfsha.replica.journal.published import encode_published
 from tests.unit.test_replica_fanotify import DFID_NAME, FID, handle, record
 
 ONE = Published(

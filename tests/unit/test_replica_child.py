@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.replica import child
-from nfsha.replica.child import (
+from nfsha.replica.rsync import child
+from nfsha.replica.rsync.child import (
     MAX_LINE_BYTES,
     TAIL_BYTES,
     TAIL_LINES,

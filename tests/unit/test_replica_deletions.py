@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.replica import deletions
-from nfsha.replica.deletions import (
-    PARTIAL_NAME,
+from nfsha.replica.files.own_names import PARTIAL
+from nfsha.replica.rsync import deletions
+from nfsha.replica.rsync.deletions import (
     DeleteLimits,
     DeletionPlan,
     PlanReader,
@@ -84,7 +84,7 @@ def test_nothing_to_do() -> None:
 
 # What lies in a folder of partial files is no data: it is in no plan.
 names = st.binary(min_size=1, max_size=20).filter(
-    lambda name: b"\n" not in name and PARTIAL_NAME not in name
+    lambda name: b"\n" not in name and PARTIAL not in name
 )
 
 

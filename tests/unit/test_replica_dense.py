@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica import dense
-from nfsha.replica.dense import (
+from nfsha.replica.volume import dense
+from nfsha.replica.volume.dense import (
     NOTHING_DENSE,
     DenseError,
     DenseFiles,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica.durable import read_small, temporary_name, write_durably, write_durably_at
+from nfsha.replica.files.durable import read_small, temporary_name, write_durably, write_durably_at
 
 
 def test_writes_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from nfsha.core.model import Epoch, Role
 from nfsha.daemon.shapes import fits
-from nfsha.replica import estimate
 from nfsha.replica.clocks import Clocks
-from nfsha.replica.estimate import (
+from nfsha.replica.fetching import estimate
+from nfsha.replica.fetching.estimate import (
     FIRST_NAMES,
     FREEZE_MS,
     MAX_NAMES,
@@ -25,8 +25,8 @@ from nfsha.replica.estimate import (
     as_facts,
     stall,
 )
-from nfsha.replica.listing import Listing
-from nfsha.replica.marks import Mark
+from nfsha.replica.source.listing import Listing
+from nfsha.replica.volume.marks import Mark
 
 EPOCH = Epoch(7, "0123456789abcdef", Role.STANDBY)
 NOW_NS = 1_800_000_000 * 10**9

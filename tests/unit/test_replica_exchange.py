@@ -12,8 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nfsha.peer import pages
-from nfsha.replica import questions
-from nfsha.replica.changed_files import ChangedError, ChangedFiles
+from nfsha.replica.content import questions
+from nfsha.replica.content.changed_files import ChangedError, ChangedFiles
+from nfsha.replica.content.questions import question_id
+from nfsha.replica.content.suspects import SuspectError, SuspectQuestion, answers_from_json
 from nfsha.replica.exchange import (
     MAX_QUESTIONS,
     MAX_VOLUMES,
@@ -22,14 +24,12 @@ from nfsha.replica.exchange import (
     own_facts,
     read_node,
 )
-from nfsha.replica.listing import read_listing
-from nfsha.replica.marks import EVERYTHING, MarkStore
-from nfsha.replica.published import Published, encode_published
-from nfsha.replica.questions import question_id
-from nfsha.replica.serving import changes_name
-from nfsha.replica.source_facts import read_facts
-from nfsha.replica.suspects import SuspectError, SuspectQuestion, answers_from_json
-from nfsha.replica.volume_facts import VolumeError, as_json, epoch_as_json
+from nfsha.replica.journal.published import Published, encode_published
+from nfsha.replica.source.facts import read_facts
+from nfsha.replica.source.listing import read_listing
+from nfsha.replica.source.serving import changes_name
+from nfsha.replica.volume.facts import VolumeError, as_json, epoch_as_json
+from nfsha.replica.volume.marks import EVERYTHING, MarkStore
 from tests.unit.test_replica_marks import EPOCH, FIRST, NOW_NS, SECOND, facts, mark
 
 QUESTION = SuspectQuestion(FIRST, (b"folder/na\xffme",))

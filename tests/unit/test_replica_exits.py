@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nfsha.replica.exits import MAX_LINES, MAX_VANISHED, Complaints, Verdict, decode_name, judge
+from nfsha.replica.rsync.exits import (
+    MAX_LINES,
+    MAX_VANISHED,
+    Complaints,
+    Verdict,
+    decode_name,
+    judge,
+)
 
 NO_ROOM = b'rsync: [receiver] write failed on "/x" (in v-1): No space left on device (28)'
 NO_INODE = b'rsync: [receiver] mkstemp "/.x" failed: No space left on device (28)'

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.replica.fanotify import (
+from nfsha.replica.journal.fanotify import (
     FAN_CREATE,
     FAN_MODIFY,
     FAN_Q_OVERFLOW,

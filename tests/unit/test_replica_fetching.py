@@ -12,14 +12,14 @@ from typing import Any, cast
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.copying import Copy
-from nfsha.replica.fetching import Fetching
-from nfsha.replica.finding import Finding
-from nfsha.replica.listing import Listing
-from nfsha.replica.published import Published
-from nfsha.replica.schedule import Cause, Kind, Plan, Reason
-from nfsha.replica.source_facts import SourceFacts
-from nfsha.replica.under_way import UnderWay
+from nfsha.replica.fetching.copying import Copy
+from nfsha.replica.fetching.fetching import Fetching
+from nfsha.replica.fetching.finding import Finding
+from nfsha.replica.fetching.schedule import Cause, Kind, Plan, Reason
+from nfsha.replica.fetching.under_way import UnderWay
+from nfsha.replica.journal.published import Published
+from nfsha.replica.source.facts import SourceFacts
+from nfsha.replica.source.listing import Listing
 
 EPOCH = Epoch(1, "00000000000000aa", Role.PRIMARY)
 

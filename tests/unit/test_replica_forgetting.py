@@ -9,9 +9,9 @@ import pytest
 
 from nfsha.replica import forgetting
 from nfsha.replica.forgetting import NotForgottenError
-from nfsha.replica.inventory import Inventory
-from nfsha.replica.marks import EVERYTHING, MarkStore
-from nfsha.replica.volume_facts import VolumeFacts
+from nfsha.replica.volume.facts import VolumeFacts
+from nfsha.replica.volume.inventory import Inventory
+from nfsha.replica.volume.marks import EVERYTHING, MarkStore
 from tests.unit.test_replica_marks import FIRST, SECOND, facts, mark
 
 

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import marks as marks_module
-from nfsha.replica.marks import (
+from nfsha.replica.volume import marks as marks_module
+from nfsha.replica.volume.marks import (
     EVERYTHING,
     MAX_MARKS,
     Mark,
@@ -26,7 +26,7 @@ from nfsha.replica.marks import (
     mark_from_json,
     wholeness,
 )
-from nfsha.replica.volumes import VolumeFacts
+from nfsha.replica.volume.volumes import VolumeFacts
 
 EPOCH = Epoch(7, "0123456789abcdef", Role.PRIMARY)
 FIRST, SECOND = (str(uuid.UUID(int=number)) for number in (1, 2))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfsha.replica.progress import ProgressReader, Stage, Stats, StatsError, parse_stats
+from nfsha.replica.rsync.progress import ProgressReader, Stage, Stats, StatsError, parse_stats
 
 COUNTS = b"""\
 Number of files: 1021 (reg: 815, dir: 206)

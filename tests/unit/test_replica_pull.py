@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nfsha.replica.arguments import Course, From, fetch, folder_list
-from nfsha.replica.stall import Activity, StallWatch, activity
+from nfsha.replica.rsync.arguments import Course, From, fetch, folder_list
+from nfsha.replica.rsync.stall import Activity, StallWatch, activity
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import beneath, quarantine, restoring
-from nfsha.replica.beneath import from_shown, shown
-from nfsha.replica.quarantine import (
+from nfsha.replica.files import beneath
+from nfsha.replica.files.beneath import from_shown, shown
+from nfsha.replica.quarantine import quarantine, restoring
+from nfsha.replica.quarantine.quarantine import (
     STORE,
     Entry,
     Quarantine,

@@ -13,18 +13,18 @@ import pytest
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, Role
 from nfsha.core.replication import Approach, Finish, Rest
-from nfsha.replica import receiving as receiving_module
 from nfsha.replica.clocks import Clocks
-from nfsha.replica.convergence import Convergence, Took
-from nfsha.replica.copying import Copy, State
-from nfsha.replica.fetching import Fetching
-from nfsha.replica.guards import RefusedError
-from nfsha.replica.listing import Listing, names_in, read_listing
-from nfsha.replica.marks import Mark
-from nfsha.replica.published import Published, encode_published
-from nfsha.replica.receiving import MAX_FAILURES, Receiving
-from nfsha.replica.schedule import Kind, Reason
-from nfsha.replica.source_facts import SourceFacts
+from nfsha.replica.fetching.copying import Copy, State
+from nfsha.replica.fetching.fetching import Fetching
+from nfsha.replica.fetching.guards import RefusedError
+from nfsha.replica.fetching.schedule import Kind, Reason
+from nfsha.replica.handover import receiving as receiving_module
+from nfsha.replica.handover.convergence import Convergence, Took
+from nfsha.replica.handover.receiving import MAX_FAILURES, Receiving
+from nfsha.replica.journal.published import Published, encode_published
+from nfsha.replica.source.facts import SourceFacts
+from nfsha.replica.source.listing import Listing, names_in, read_listing
+from nfsha.replica.volume.marks import Mark
 
 
 @pytest.fixture(autouse=True)

@@ -21,16 +21,16 @@ from nfsha import config
 from nfsha.core.model import Epoch
 from nfsha.core.replication import Fetch, Finish, Offer, Rest
 from nfsha.replica import replicator as module
-from nfsha.replica.child import ChildStuckError
-from nfsha.replica.copying import Copy, State
 from nfsha.replica.exchange import own_facts
-from nfsha.replica.fetching import END_WITHIN_S, Fetching
-from nfsha.replica.marks import MarkStore
+from nfsha.replica.fetching.copying import Copy, State
+from nfsha.replica.fetching.fetching import END_WITHIN_S, Fetching
+from nfsha.replica.fetching.schedule import Kind, Reason
 from nfsha.replica.replicator import Ends, ReplicaError, Replicator
-from nfsha.replica.schedule import Kind, Reason
-from nfsha.replica.serving import Serving
-from nfsha.replica.survey import Survey
-from nfsha.replica.volume_facts import VolumeFacts
+from nfsha.replica.rsync.child import ChildStuckError
+from nfsha.replica.source.serving import Serving
+from nfsha.replica.volume.facts import VolumeFacts
+from nfsha.replica.volume.marks import MarkStore
+from nfsha.replica.volume.survey import Survey
 from tests.unit.test_replica_marks import EPOCH, FIRST, SECOND, facts, mark
 
 

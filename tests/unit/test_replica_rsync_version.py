@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nfsha.replica.rsync_version import HOLES, Abilities, _upstream, missing, parse, warnings
+from nfsha.replica.rsync.rsync_version import HOLES, Abilities, _upstream, missing, parse, warnings
 
 DEBIAN_12 = """\
 rsync  version 3.2.7  protocol version 31

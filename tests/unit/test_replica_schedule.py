@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfsha.replica import schedule as module
-from nfsha.replica.schedule import (
+from nfsha.replica.fetching import schedule as module
+from nfsha.replica.fetching.schedule import (
     Cause,
     Kind,
     Plan,

@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import serving
-from nfsha.replica.inventory import Inventory
-from nfsha.replica.serving import FACTS_NAME, Serving
-from nfsha.replica.volume_facts import VolumeFacts
+from nfsha.replica.source import serving
+from nfsha.replica.source.serving import FACTS_NAME, Serving
+from nfsha.replica.volume.facts import VolumeFacts
+from nfsha.replica.volume.inventory import Inventory
 
 EPOCH = Epoch(3, "00000000000000aa", Role.PRIMARY)
 COPIED, EMPTY = "00000000-0000-4000-8000-00000000000a", "00000000-0000-4000-8000-00000000000b"

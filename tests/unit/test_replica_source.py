@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica.doorkeeper import filter_for
-from nfsha.replica.fresh import Coalesced, NotFreshError
-from nfsha.replica.source import (
+from nfsha.replica.source.doorkeeper import filter_for
+from nfsha.replica.source.fresh import Coalesced, NotFreshError
+from nfsha.replica.source.source import (
     EpochToken,
     PathRefusedError,
     Source,

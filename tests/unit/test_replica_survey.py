@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nfsha.replica import survey as survey_module
-from nfsha.replica.mountinfo import Mount
-from nfsha.replica.survey import Survey
-from nfsha.replica.volumes import Place, VolumeError, VolumeFacts, unanswering
+from nfsha.replica.volume import survey as survey_module
+from nfsha.replica.volume.mountinfo import Mount
+from nfsha.replica.volume.survey import Survey
+from nfsha.replica.volume.volumes import Place, VolumeError, VolumeFacts, unanswering
 
 ROOT = Path("/nfs")
 WITHIN_S = 0.4  # a thread that is held up for less, on a busy machine, is not taken for hung

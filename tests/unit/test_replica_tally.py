@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nfsha.replica import tally
-from nfsha.replica.tally import Round, Tally
+from nfsha.replica.fetching import tally
+from nfsha.replica.fetching.tally import Round, Tally
 
 ONE = "11111111-2222-4333-8444-555555555555"
 TWO = "22222222-2222-4333-8444-555555555555"

@@ -19,12 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import verify as verify_module
-from nfsha.replica.arguments import From
-from nfsha.replica.child import ChildStuckError
-from nfsha.replica.exits import Verdict
-from nfsha.replica.quarantine import Quarantine
-from nfsha.replica.suspects import (
+from nfsha.replica.content import verify as verify_module
+from nfsha.replica.content.suspects import (
     MAX_NAMES_BYTES,
     MAX_SUSPECTS,
     Finding,
@@ -38,7 +34,11 @@ from nfsha.replica.suspects import (
     classify,
     source_ahead_ns,
 )
-from nfsha.replica.verify import Helpers, Look, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.content.verify import Helpers, Look, Verify, VerifyOutcome, VerifyRequest
+from nfsha.replica.quarantine.quarantine import Quarantine
+from nfsha.replica.rsync.arguments import From
+from nfsha.replica.rsync.child import ChildStuckError
+from nfsha.replica.rsync.exits import Verdict
 
 UUID = "0d8ab111-3c0a-4d4f-9d7c-0123456789ab"
 SECOND = 1_000_000_000

@@ -15,14 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfsha.core.model import Epoch, Role
-from nfsha.replica import superblock
-from nfsha.replica import volumes as volumes_module
-from nfsha.replica.mountinfo import read_mounts, visible
-from nfsha.replica.superblock import listed_uuids, read_uuid
-from nfsha.replica.volumes import (
-    IDENTITY_NAME,
-    OWN_NAMES,
-    STAMP_NAME,
+from nfsha.replica.files.own_names import IDENTITY_NAME, OWN_NAMES, STAMP_NAME
+from nfsha.replica.volume import superblock
+from nfsha.replica.volume import volumes as volumes_module
+from nfsha.replica.volume.mountinfo import read_mounts, visible
+from nfsha.replica.volume.superblock import listed_uuids, read_uuid
+from nfsha.replica.volume.volumes import (
     Place,
     VolumeError,
     VolumeFacts,

@@ -23,10 +23,10 @@ from nfsha.core.engine import Decision, Engine
 from nfsha.core.model import Action, Announce, Input, Numbered, Result, SendHeartbeat
 from nfsha.core.replication import Fetch, Flow, Offer, Rest
 from nfsha.daemon.executors import Executors
-from nfsha.replica import volumes
-from nfsha.replica.finding import Finding
+from nfsha.replica.fetching.finding import Finding
+from nfsha.replica.fetching.schedule import Cause, Reason, Schedule
 from nfsha.replica.replicator import Replicator
-from nfsha.replica.schedule import Cause, Reason, Schedule
+from nfsha.replica.volume import volumes
 from tests.netns.labkit.stepped_actions import LAST, PASS, PROOF, STAMP, Namer, data_action, of_flow
 
 BEFORE, AFTER = "before", "after"

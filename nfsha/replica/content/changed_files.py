@@ -1,0 +1,146 @@
+"""Which files of a volume changed since a moment, by the one time that no client can set back.
+
+A file whose size and mtime were set back after it was changed looks equal to a pass. Its ctime
+tells, but rsync does not carry it: so the node that compares contents asks the source for the names
+of the files whose ctime is young (`ChangedQuestion`, `answer`). What a returned node changed itself
+is found in the same way. It only looks at a volume; it must not change anything there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from nfsha.replica.content.content_files import content_files
+from nfsha.replica.files import beneath
+from nfsha.replica.files.own_names import OWN_PREFIX, STAMP_NAME
+
+MAX_NAMES: Final = 100_000
+MAX_NAMES_BYTES: Final = 5 << 20
+"""In base64 less than `questions.MAX_ANSWER_BYTES`. For more, all of a volume is compared."""
+
+SLACK_NS: Final = 60 * 10**9
+"""A clock may be set while files are written, and the stamp of an epoch is written when clients
+are served already: files so much older count as changed too."""
+
+_LONGEST_MS: Final = 1 << 53
+
+Document = dict[str, Any]
+
+
+class ChangedError(ValueError):
+    """What came from the other node is no question, or no answer to ours; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedFiles:
+    """Names relative to the volume's root; `more`: there were too many to be named."""
+
+    names: tuple[bytes, ...]
+    more: bool = False
+
+    def to_json(self) -> Document:
+        """What JSON can carry."""
+        names = [base64.b64encode(name).decode("ascii") for name in self.names]
+        return {"names": names, "more": self.more}
+
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        """Reads what `to_json` made. ChangedError for anything else."""
+        if not isinstance(document, dict) or document.keys() != {"names", "more"}:
+            raise ChangedError("not an object with the names of changed files")
+        names, more = document["names"], document["more"]
+        if not isinstance(names, list) or len(names) > MAX_NAMES or not isinstance(more, bool):
+            raise ChangedError("the names of changed files are no list of a bounded length")
+        return cls(tuple(_name_of(one) for one in names), more)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedQuestion:
+    """Asks for the files of the volume `uuid` that changed within the last `age_ms`.
+
+    None: since the present epoch began. `asked_ms` tells one question from the next.
+    """
+
+    uuid: str
+    age_ms: int | None
+    asked_ms: int
+
+    def to_json(self) -> Document:
+        """What JSON can carry."""
+        return {"uuid": self.uuid, "age_ms": self.age_ms, "asked_ms": self.asked_ms}
+
+    @classmethod
+    def is_meant(cls, document: object) -> bool:
+        """Whether a question of the other node is one of these."""
+        return isinstance(document, dict) and "asked_ms" in document
+
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        """Reads what `to_json` made. ChangedError for anything else."""
+        if not isinstance(document, dict) or document.keys() != {"uuid", "age_ms", "asked_ms"}:
+            raise ChangedError("not an object with a volume and an age")
+        uuid, age_ms, asked_ms = document["uuid"], document["age_ms"], document["asked_ms"]
+        if not isinstance(uuid, str) or len(uuid) > 64:
+            raise ChangedError("the uuid is no short text")
+        for number in (asked_ms, 0 if age_ms is None else age_ms):
+            if type(number) is not int or not 0 <= number <= _LONGEST_MS:
+                raise ChangedError(f"{number!r:.40} is no time in milliseconds")
+        return cls(uuid, age_ms, asked_ms)
+
+
+def answer(root_fd: int, question: ChangedQuestion) -> ChangedFiles:
+    """The files asked for. Blocks: it looks at each file of the volume. Raises OSError.
+
+    Never further back than the present epoch began: what was before, is in both copies.
+    """
+    began_ns = os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
+    if question.age_ms is not None:
+        began_ns = max(began_ns, time.time_ns() - question.age_ms * 1_000_000)
+    return changed_since(root_fd, began_ns)
+
+
+def changed_since(
+    root_fd: int,
+    since_ns: int,
+    *,
+    max_names: int = MAX_NAMES,
+    max_bytes: int = MAX_NAMES_BYTES,
+) -> ChangedFiles:
+    """The regular files with content whose ctime is not older than that, with some slack.
+
+    Blocks. Raises OSError for a folder that cannot be read: what is in it is not known.
+    """
+    names: list[bytes] = []
+    size = 0
+    for name, found in content_files(root_fd, _unread):
+        if found.st_ctime_ns < since_ns - SLACK_NS:
+            continue
+        names.append(name)
+        size += len(name)
+        if len(names) > max_names or size > max_bytes:
+            return ChangedFiles((), more=True)
+    return ChangedFiles(tuple(names))
+
+
+def _unread(_folder: bytes, error: OSError | ValueError) -> None:
+    if isinstance(error, OSError):
+        raise error
+    # Deeper than a path may be: no pass brings it anywhere.
+
+
+def _name_of(text: object) -> bytes:
+    if not isinstance(text, str) or len(text) > 2 * beneath.MAX_NAME_BYTES:
+        raise ChangedError("a name is no text, or too long")
+    try:
+        name = base64.b64decode(text, validate=True)
+        parts = beneath.parts_of(name)
+    except (binascii.Error, ValueError) as error:
+        raise ChangedError(f"a name is none: {error}") from error
+    if parts[0].startswith(OWN_PREFIX):
+        raise ChangedError(f"{beneath.shown(name)!r}: a name that nfsha keeps for itself")
+    return name

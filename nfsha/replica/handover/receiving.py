@@ -1,0 +1,275 @@
+"""The receiving side of a handover: near to the giver while it serves, then equal to it, proved.
+
+`approach` walks each volume once and compares by content what changed since the takeover, then
+makes passes of what the giver's change journal names, by content too, until the rest would fit the
+clients' stall. `finish` runs while the giver stands still: one list of what changed since, one last
+pass of it, a dry pass over the same folders by content that must find nothing, and another list:
+the journal has seen no write since the first. Whether a handover may go on is not decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+from nfsha.core.model import Epoch, FinalChanged, PresyncChanged
+from nfsha.core.replication import Approach, Finish, Flow
+from nfsha.replica.clocks import Clocks
+from nfsha.replica.fetching.copying import State
+from nfsha.replica.fetching.fetching import Fetching
+from nfsha.replica.fetching.guards import TROUBLES, RefusedError
+from nfsha.replica.fetching.schedule import Cause, Kind, Reason
+from nfsha.replica.fetching.tally import Tally
+from nfsha.replica.handover.convergence import Convergence, Took
+from nfsha.replica.source.listing import Listing
+from nfsha.replica.volume.marks import Mark
+
+log = logging.getLogger(__name__)
+
+MAX_ROUNDS = 20
+"""More rounds of passes than that never came near: something writes too fast."""
+
+MAX_FAILURES = 6
+"""So many rounds in a row may fail, or be refused, while the giver serves."""
+
+RETRY_AFTER_S = 1.0
+"""So long after a failed one comes the next. A giver that has only just taken over offers its
+volumes a moment later, and one whose rsync daemon died has another within 5 s.
+"""
+
+
+class FarError(Exception):
+    """The copy cannot come near, or is not proved equal; the text says which volume and why."""
+
+
+class Receiving:
+    """Both steps of one node that receives."""
+
+    def __init__(
+        self,
+        fetching: Fetching,
+        max_stall_ms: int,
+        *,
+        parallel: int,
+        clocks: Clocks,
+        name_of: Callable[[str], str],
+        marks: Callable[[], dict[str, Mark]],
+        report: Callable[[PresyncChanged | FinalChanged], None],
+        watch: Callable[[asyncio.Task[None]], None],
+    ) -> None:
+        """`parallel` volumes are proved at once; `report` gives the core what it waits for."""
+        self._fetching = fetching
+        self._max_stall_ms = max_stall_ms
+        self._parallel = parallel
+        self._clocks = clocks
+        self._name_of = name_of
+        self._marks = marks
+        self._report = report
+        self._watch = watch
+        self._step: Approach | Finish | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.tally = Tally()
+        """What this handover, or the last one, has done."""
+
+    def follow(self, flow: Flow) -> None:
+        """Takes which way data may flow, after each turn."""
+        step = flow if isinstance(flow, Approach | Finish) else None
+        if step == self._step:
+            return
+        before, self._step = self._step, step
+        self._fetching.pressing = isinstance(step, Finish) or (step is not None and step.urgent)
+        both = isinstance(step, Approach) and isinstance(before, Approach)
+        if both and step is not None and before is not None and step.handover == before.handover:
+            return  # near enough: what runs goes on
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        if isinstance(step, Approach):
+            self._run(self._approach(step), PresyncChanged, step.handover)
+        elif isinstance(step, Finish):
+            self._run(self._finish(step), FinalChanged, step.handover)
+        else:
+            self._fetching.tally = None
+            self._fetching.careful = False
+            self._fetching.schedule.let_go()
+
+    def _run(
+        self,
+        work: Awaitable[None],
+        answer: type[PresyncChanged] | type[FinalChanged],
+        handover: Epoch,
+    ) -> None:
+        self._task = asyncio.ensure_future(self._answered(work, answer, handover))
+        self._watch(self._task)
+
+    async def _answered(
+        self,
+        work: Awaitable[None],
+        answer: type[PresyncChanged] | type[FinalChanged],
+        handover: Epoch,
+    ) -> None:
+        try:
+            await work
+        except FarError as error:
+            log.warning("the handover cannot go on: %s", error)
+            self._report(answer(handover, False, str(error)))
+        else:
+            self._report(answer(handover, True))
+
+    # ------------------------------------------------------------- near
+
+    async def _approach(self, step: Approach) -> None:
+        self.tally = self._fetching.tally = Tally()
+        stuck = await self._fetching.end()  # a verify would keep its volume for hours
+        if stuck:
+            raise FarError(stuck)
+        self._fetching.begin(step.epoch)
+        self._fetching.schedule.hold()
+        # What is urgent (nobody is served there any more) does with what the journals name.
+        self._fetching.careful = not step.urgent
+        near = Convergence(self._max_stall_ms)
+        walked = set(self._fetching.copies) if step.urgent else set[str]()
+        failures = 0
+        for _ in range(MAX_ROUNDS):
+            trouble = await self._round_near(step.epoch, near, walked)
+            failures = failures + 1 if trouble else 0
+            if failures >= MAX_FAILURES:
+                raise FarError(trouble)
+            if trouble:
+                await asyncio.sleep(RETRY_AFTER_S)
+                continue
+            if near.near and walked >= self._fetching.copies.keys():
+                return
+            if near.hopeless:
+                break
+        raise FarError(near.sentence())
+
+    async def _round_near(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
+        """One round of passes while the giver serves; returns what went wrong, or "".
+
+        `walked`: the volumes of which all was compared, and the giver's journal knows what changed
+        since. The others are walked first.
+        """
+        if lacking := self._fetching.proving.lacking():
+            return lacking
+        if not (left := self._fetching.copies.keys() - walked):
+            return await self._round_of_changes(epoch, near, walked)
+        trouble = await self._round("full", dict.fromkeys(sorted(left), Kind.FULL))
+        if not trouble:
+            walked |= left
+        return trouble
+
+    async def _round_of_changes(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
+        began_ms = self._clocks.now_ms()
+        try:
+            listing = await self._fetching.finding.list_all(epoch)
+        except (RefusedError, *TROUBLES) as error:
+            return str(error)
+        changed: dict[str, tuple[bytes, ...]] = {}
+        for uuid in self._fetching.copies:
+            folders, why = self._since_last_pass(uuid, epoch, listing)
+            if folders is None:
+                log.warning("volume %s is walked once more: %s", self._name_of(uuid), why)
+                walked.discard(uuid)
+            elif folders:
+                changed[uuid] = folders
+        if not walked >= self._fetching.copies.keys():
+            return ""
+        trouble = await self._round("changes", dict.fromkeys(changed, Kind.ORDINARY), listing)
+        if not trouble:
+            marks = self._marks()
+            took = {
+                self._name_of(uuid): Took(marks[uuid].duration_ms, folders)
+                for uuid, folders in changed.items()
+                if uuid in marks
+            }
+            near.add(self._clocks.now_ms() - began_ms, took)
+        return trouble
+
+    def _since_last_pass(
+        self, uuid: str, epoch: Epoch, listing: Listing
+    ) -> tuple[tuple[bytes, ...] | None, str]:
+        """The folders that changed since the last pass of a volume, or None and why."""
+        mark = self._marks().get(uuid)
+        if mark is None or mark.epoch != epoch:
+            return None, "it is not a whole replica"
+        return listing.since(mark)
+
+    async def _round(
+        self, what: str, kinds: Mapping[str, Kind], listing: Listing | None = None
+    ) -> str:
+        """`_passes_of`, counted; with a listing the passes go by that."""
+        began_ms, trouble = self._clocks.now_ms(), "it was broken off"
+        self.tally.begin_round(what)
+        self._fetching.listed = listing
+        try:
+            trouble = await self._passes_of(kinds)
+        except FarError as error:
+            trouble = str(error)
+            raise
+        finally:
+            self._fetching.listed = None
+            self.tally.end_round(self._clocks.now_ms() - began_ms, trouble)
+        return trouble
+
+    async def _passes_of(self, kinds: Mapping[str, Kind]) -> str:
+        """One pass of each volume; returns what went wrong, or "". FarError for what will not."""
+        schedule = self._fetching.schedule
+        came = await asyncio.gather(
+            *(schedule.make(uuid, Reason(Cause.COMMAND, kind)) for uuid, kind in kinds.items())
+        )
+        for uuid, done in zip(kinds, came, strict=True):
+            copy = self._fetching.copies.get(uuid)
+            if copy is None or not done:
+                return f"volume {self._name_of(uuid)}: its pass was broken off"
+            if copy.state is State.HELD:
+                raise FarError(f"volume {self._name_of(uuid)}: {copy.why}")
+            if copy.state is not State.IDLE:
+                return f"volume {self._name_of(uuid)}: {copy.why}"
+        return ""
+
+    # ------------------------------------------------------------- equal
+
+    async def _finish(self, step: Finish) -> None:
+        """One fetch for all volumes before the last passes, and one after the proof of them."""
+        self._fetching.careful = False  # the proof itself reads all that the last pass looks at
+        if lacking := self._fetching.proving.lacking():
+            raise FarError(lacking)
+        volumes = tuple(self._fetching.copies)
+        frozen = await self._list(step.epoch)
+        changed = {}
+        for uuid in volumes:
+            folders, why = self._since_last_pass(uuid, step.epoch, frozen)
+            if folders is None:
+                raise FarError(f"volume {self._name_of(uuid)} cannot be proved equal: {why}")
+            if folders:
+                changed[uuid] = folders
+        trouble = await self._round("last", dict.fromkeys(changed, Kind.ORDINARY), frozen)
+        if trouble:
+            raise FarError(trouble)
+        at_once = asyncio.Semaphore(self._parallel)
+        await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
+        last = await self._list(step.epoch)
+        alone = [one.name for one in last.facts.volumes if one.identity not in volumes]
+        if alone:
+            raise FarError(f"the giver has volumes without a copy here: {', '.join(alone)}")
+        for uuid in volumes:
+            self._refuse(uuid, await self._fetching.proving.vouch(uuid, step.epoch, last))
+
+    async def _list(self, epoch: Epoch) -> Listing:
+        try:
+            return await self._fetching.finding.list_all(epoch)
+        except (RefusedError, *TROUBLES) as error:
+            raise FarError(str(error)) from error
+
+    async def _prove(
+        self, changed: tuple[str, tuple[bytes, ...]], epoch: Epoch, at_once: asyncio.Semaphore
+    ) -> None:
+        uuid, folders = changed
+        async with at_once:
+            self._refuse(uuid, await self._fetching.proving.compare(uuid, epoch, folders))
+
+    def _refuse(self, uuid: str, difference: str) -> None:
+        if difference:
+            raise FarError(f"volume {self._name_of(uuid)} is not proved equal: {difference}")

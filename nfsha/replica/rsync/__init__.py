@@ -1,0 +1,1 @@
+"""The program rsync: its versions, arguments, progress, exit codes, and its process."""
