@@ -26,18 +26,16 @@ from bench.failback_findings import SIDES, Equality, Findings, Sample, bars
 from bench.failback_load import CAP_S, RECORD_EVERY_MS, Changer, seen
 from bench.failback_sides import Moved, Nfsha, Runbook, Side
 from bench.findings import Bar
-from bench.replication import words
+from bench.options import Options
 from bench.replication_trees import Tree, forget_files, make
 from tests.netns.lab import Lab
-from tests.netns.labkit.place import REPOSITORY, LabError
+from tests.netns.labkit.place import LabError
 from tests.netns.labkit.records import Records
 from tests.netns.treewalk import differences
 
-RESULTS = REPOSITORY / "bench" / "results"
 TREES = {files: Tree(files, files // 500) for files in (10_000, 100_000, 1_000_000)}
 """Folders of one size, and at least twenty of them: the 20 changes are the same work everywhere."""
 
-MAX_RUNS = 20
 PAUSE_S = 2.0
 """The clients work for so long before the move: all 20 files have changed since the approach."""
 
@@ -227,33 +225,11 @@ def _facts() -> dict[str, str]:
     return machine.facts() | {"rsync": said.stdout.split()[2] if said.stdout else "unknown"}
 
 
-def sides(text: str) -> tuple[str, ...]:
-    """The value of --only. Raises argparse.ArgumentTypeError with the sides that there are."""
-    return words(text, tuple(SIDES))
-
-
-def tree_sizes(text: str) -> tuple[int, ...]:
-    """The value of --sizes. Raises argparse.ArgumentTypeError with the sizes that there are."""
-    return tuple(int(word) for word in words(text, [str(size) for size in TREES]))
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.failback", description="nfsha beside the runbook")
-    parser.add_argument("--runs", type=int, default=3, help="rounds of each (default: 3)")
-    parser.add_argument(
-        "--sizes",
-        type=tree_sizes,
-        default=tuple(TREES),
-        help=f"some of {','.join(map(str, TREES))} (default: all)",
-    )
-    parser.add_argument(
-        "--only", type=sides, default=tuple(SIDES), help=f"some of {','.join(SIDES)} (default: all)"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
-    if not 1 <= options.runs <= MAX_RUNS:
-        parser.error(f"--runs {options.runs}: 1 to {MAX_RUNS} is expected")
-    return options
+    options = Options("failback", "nfsha beside the runbook", runs=3, most_runs=20)
+    options.add_choice("--sizes", TREES)
+    options.add_choice("--only", SIDES)
+    return options.read(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

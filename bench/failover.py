@@ -19,11 +19,9 @@ from bench.contestants import KINDS, Kind
 from bench.ending import carry_out
 from bench.faults import FAULTS, Fault
 from bench.findings import OURS, Bar, Failure, Findings, bars
-from tests.netns.labkit.place import REPOSITORY
+from bench.options import Options
 
 PARTS = ("idle", *(fault.name for fault in FAULTS), "calm")
-RESULTS = REPOSITORY / "bench" / "results"
-MAX_RUNS = 100
 MAX_CALM_MINUTES = 120.0
 
 
@@ -96,33 +94,14 @@ def _rotated(kinds: Sequence[Kind], by: int) -> list[Kind]:
     return [*kinds[start:], *kinds[:start]]
 
 
-def parts(text: str) -> tuple[str, ...]:
-    """The value of --only. Raises argparse.ArgumentTypeError with the parts that there are."""
-    wanted = tuple(word.strip() for word in text.split(","))
-    unknown = [word for word in wanted if word not in PARTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}"
-        )
-    return wanted
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.failover", description="nfsha beside keepalived")
-    parser.add_argument("--runs", type=int, default=10, help="of each fault (default: 10)")
-    parser.add_argument(
-        "--only", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)"
-    )
-    parser.add_argument(
-        "--calm-minutes", type=float, default=10.0, help="with busy cores (default: 10)"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
-    if not 1 <= options.runs <= MAX_RUNS:
-        parser.error(f"--runs {options.runs}: 1 to {MAX_RUNS} is expected")
-    if not 0 < options.calm_minutes <= MAX_CALM_MINUTES:
-        parser.error(f"--calm-minutes {options.calm_minutes:g}: at most {MAX_CALM_MINUTES:g}")
-    return options
+    options = Options("failover", "nfsha beside keepalived", runs=10, most_runs=100)
+    options.add_choice("--only", PARTS)
+    options.add_minutes("--calm-minutes", 10.0, "with busy cores")
+    found = options.read(argv)
+    if not 0 < found.calm_minutes <= MAX_CALM_MINUTES:
+        options.refuse(f"--calm-minutes {found.calm_minutes:g}: at most {MAX_CALM_MINUTES:g}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

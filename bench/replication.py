@@ -23,6 +23,7 @@ from bench import machine
 from bench import replication_report as report
 from bench.ending import carry_out
 from bench.findings import Bar
+from bench.options import Options
 from bench.replication_findings import FIRST, Equality, Findings, Journal, Sample, bars
 from bench.replication_sides import Cron, Nfsha, Pass, Side
 from bench.replication_trees import (
@@ -36,13 +37,13 @@ from bench.replication_trees import (
 )
 from bench.replication_usage import cpu_s
 from tests.netns.lab import Lab
-from tests.netns.labkit.place import REPOSITORY, LabError
+from tests.netns.labkit.place import LabError
 from tests.netns.treewalk import differences
 
 TREES = {files: Tree(files, files // 1000) for files in (10_000, 100_000, 1_000_000)}
 PARTS = ("calm", "changes", "journal", *FIRST)
-RESULTS = REPOSITORY / "bench" / "results"
 MAX_RUNS = 20
+"""So many rounds change different files."""
 VOLUMES = ("one", "two", "three", "four")
 LARGE_BYTES = 1 << 30
 SMALL_FILES = 100_000
@@ -289,44 +290,11 @@ def _change_all_the_time(root: Path, tree: Tree) -> int:
     return made
 
 
-def words(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Words with commas between. Raises argparse.ArgumentTypeError with those that are known."""
-    wanted = tuple(word.strip() for word in text.split(","))
-    unknown = [word for word in wanted if word not in known]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"no such thing: {', '.join(unknown)}; there are {', '.join(known)}"
-        )
-    return wanted
-
-
-def parts(text: str) -> tuple[str, ...]:
-    """The value of --only. Raises argparse.ArgumentTypeError with the parts that there are."""
-    return words(text, PARTS)
-
-
-def tree_sizes(text: str) -> tuple[int, ...]:
-    """The value of --sizes. Raises argparse.ArgumentTypeError with the sizes that there are."""
-    return tuple(int(word) for word in words(text, [str(size) for size in TREES]))
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.replication", description="nfsha beside cron")
-    parser.add_argument("--runs", type=int, default=3, help="of each pass (default: 3)")
-    parser.add_argument(
-        "--sizes",
-        type=tree_sizes,
-        default=tuple(TREES),
-        help=f"some of {','.join(map(str, TREES))} (default: all)",
-    )
-    parser.add_argument(
-        "--only", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default: all)"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(argv)
-    if not 1 <= options.runs <= MAX_RUNS:
-        parser.error(f"--runs {options.runs}: 1 to {MAX_RUNS} is expected")
-    return options
+    options = Options("replication", "nfsha beside cron", runs=3, most_runs=MAX_RUNS)
+    options.add_choice("--sizes", TREES)
+    options.add_choice("--only", PARTS)
+    return options.read(argv)
 
 
 def _require_space() -> None:

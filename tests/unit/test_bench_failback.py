@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -211,23 +210,6 @@ def test_trees_made_twice_are_equal(tmp_path: Path) -> None:
     assert differences(*roots) == []
     (roots[1] / "folder0001" / "file000003").touch()
     assert len(differences(*roots)) == 1
-
-
-# ------------------------------------------------------------------ options
-
-
-def test_the_options_take_what_there_is_and_refuse_the_rest(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert failback.sides("runbook, nfsha") == ("runbook", "nfsha")
-    with pytest.raises(argparse.ArgumentTypeError, match="no such thing: x; there are nfsha, run"):
-        failback.sides("nfsha,x")
-    assert failback.tree_sizes("10000") == (10_000,)
-    with pytest.raises(argparse.ArgumentTypeError, match="there are 10000, 100000, 1000000"):
-        failback.tree_sizes("5")
-    with pytest.raises(SystemExit):
-        failback.main(["--runs", "0"])
-    assert "1 to 20 is expected" in capsys.readouterr().err
 
 
 def test_the_exit_code_says_whether_a_bar_was_missed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -191,20 +190,6 @@ def test_a_process_tells_what_it_used() -> None:
     assert cpu_s([os.getpid()]) - before_s >= 0.08
     assert pss_kib(os.getpid()) > 1000
     assert pss_kib(0) == 0
-
-
-def test_the_options_take_what_there_is_and_refuse_the_rest(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert replication.parts("calm, journal") == ("calm", "journal")
-    assert replication.tree_sizes("10000") == (10_000,)
-    with pytest.raises(argparse.ArgumentTypeError, match="no such thing: x; there are calm,"):
-        replication.parts("calm,x")
-    with pytest.raises(argparse.ArgumentTypeError, match="there are 10000, 100000, 1000000"):
-        replication.tree_sizes("5")
-    with pytest.raises(SystemExit):
-        replication.main(["--runs", "0"])
-    assert "1 to 20 is expected" in capsys.readouterr().err
 
 
 def test_the_exit_code_says_whether_a_bar_was_missed(

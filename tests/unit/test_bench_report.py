@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,19 +200,6 @@ def test_the_raw_file_holds_every_sample_and_gives_it_back(good: Findings, tmp_p
 def test_a_sample_of_another_shape_is_refused() -> None:
     with pytest.raises(TypeError):
         Sample.load(asdict(sample("nfsha", "kill")) | {"news": 1})
-
-
-def test_parts() -> None:
-    assert failover.parts("death, calm") == ("death", "calm")
-    with pytest.raises(argparse.ArgumentTypeError, match="no such part: quake; there are idle,"):
-        failover.parts("death,quake")
-
-
-@pytest.mark.parametrize("argv", [["--runs", "0"], ["--runs", "101"], ["--calm-minutes", "0"]])
-def test_options_out_of_bounds_are_refused(argv: list[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        failover.main(argv)
-    assert refused.value.code == 2
 
 
 @pytest.mark.parametrize(("failures", "code"), [(0, 0), (1, 1)])
