@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nfsha.replica.exchange import (
     own_facts,
     read_node,
 )
+from nfsha.replica.fetching.guards import RefusedError, guard_against_a_clone
 from nfsha.replica.journal.published import Published, encode_published
 from nfsha.replica.source.facts import read_facts
 from nfsha.replica.source.listing import read_listing
@@ -174,7 +176,7 @@ def test_what_is_fetched_is_read_or_refused(
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "fetched"
     published = {
-        "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "stamped_ns": {},
+        "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "written_ns": {},
         "still_ns": {},
         "volumes": [as_json(facts())],
     }  # fmt: skip
@@ -196,13 +198,17 @@ def test_what_is_fetched_is_read_or_refused(
 def test_what_the_source_writes_is_read(tmp_path: Path) -> None:
     published = {
         "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS,
-        "stamped_ns": {FIRST: NOW_NS}, "still_ns": {}, "volumes": [as_json(facts())],
+        "written_ns": {FIRST: [5, NOW_NS]}, "still_ns": {}, "volumes": [as_json(facts())],
     }  # fmt: skip
     (tmp_path / "facts").write_text(json.dumps(published))
     read = read_facts(tmp_path / "facts")
     assert (read.epoch, read.as_of_ns, read.volumes) == (EPOCH, NOW_NS, (facts(),))
-    for key, huge in (("as_of_ns", 1 << 63), ("as_of_ns", True), ("stamped_ns", {FIRST: 1e30}),
-                      ("still_ns", [])):  # fmt: skip
+    here = replace(facts(), identity=FIRST)
+    with pytest.raises(RefusedError, match="a copy of it block by block"):
+        guard_against_a_clone(here, read, (5, NOW_NS))
+    guard_against_a_clone(here, read, (7, NOW_NS - 2))  # another one, of the same sum
+    for key, huge in (("as_of_ns", 1 << 63), ("as_of_ns", True), ("written_ns", {FIRST: 1e30}),
+                      ("written_ns", {FIRST: [5]}), ("still_ns", [])):  # fmt: skip
         (tmp_path / "facts").write_text(json.dumps(published | {key: huge}))
         with pytest.raises(VolumeError, match="incomplete"):
             read_facts(tmp_path / "facts")
@@ -212,7 +218,7 @@ def test_a_list_that_is_said_to_be_still_true_is_as_fresh_as_a_new_one(tmp_path:
     old = Published(FIRST, "0123456789abcdef", 1, 0, 0, "", NOW_NS - 9_000, ())
     (tmp_path / changes_name(FIRST)).write_bytes(encode_published(old))
     published = {
-        "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "stamped_ns": {},
+        "nfsha_facts": 1, "epoch": epoch_as_json(EPOCH), "as_of_ns": NOW_NS, "written_ns": {},
         "volumes": [],
     }  # fmt: skip
     for still_ns, fresh in (({}, False), ({SECOND: NOW_NS}, False), ({FIRST: NOW_NS + 1}, True)):

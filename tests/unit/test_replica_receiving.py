@@ -321,7 +321,7 @@ def test_a_listing_is_read_whole(tmp_path: Path) -> None:
     assert names_in(UUIDS[:1]) == ["facts.json", f"changes-{UUIDS[0]}"]
     facts = (
         b'{"nfsha_facts": 1, "epoch": {"number": 3, "id": "00000000000000aa", '
-        b'"authority": "standby"}, "as_of_ns": 5, "volumes": [], "stamped_ns": {}}'
+        b'"authority": "standby"}, "as_of_ns": 5, "volumes": [], "written_ns": {}}'
     )
     (tmp_path / "facts.json").write_bytes(facts)
     (tmp_path / f"changes-{UUIDS[0]}").write_bytes(encode_published(published(UUIDS[0], 0, {})))

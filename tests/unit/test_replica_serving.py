@@ -64,7 +64,7 @@ def published(folder: Path, *, hangs: bool) -> dict[str, int]:
         one._dense = cast("Any", SimpleNamespace(publish=listed))
         one.epoch = EPOCH
         one._offered = {uuid: volume(uuid) for uuid in (COPIED, EMPTY)}
-        one._stamped_ns = dict.fromkeys(one._offered, 1)
+        one._written_ns = dict.fromkeys(one._offered, (1, 1))
         await one.fresh()
 
     wanted: list[list[str]] = []

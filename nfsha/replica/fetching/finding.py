@@ -66,7 +66,7 @@ class Finding:
         await self._desk.inventory.look_at(uuid)
         here = guard(uuid, epoch, self._desk.inventory.by_uuid(uuid), facts)
         if here.stamp is not None and here.identity is not None:
-            guard_against_a_clone(here, facts, await asyncio.to_thread(volumes.stamped_at_ns, here))
+            guard_against_a_clone(here, facts, await asyncio.to_thread(volumes.written_at_ns, here))
         root_fd = await asyncio.to_thread(volumes.open_root, here)
         try:
             yield Found(epoch, here, root_fd, facts, changes, scratch)

@@ -55,9 +55,11 @@ def guard(uuid: str, epoch: Epoch, here: VolumeFacts | None, facts: SourceFacts)
     return here
 
 
-def guard_against_a_clone(here: VolumeFacts, facts: SourceFacts, stamped_ns: int) -> None:
-    """`stamped_ns`: the ctime of the stamp here; no other filesystem has it. RefusedError."""
-    if here.identity is not None and stamped_ns == facts.stamped_ns.get(here.identity):
+def guard_against_a_clone(
+    here: VolumeFacts, facts: SourceFacts, written_ns: tuple[int, int]
+) -> None:
+    """`written_ns`: as `written_at_ns` says it of the volume here. Raises RefusedError."""
+    if here.identity is not None and written_ns == facts.written_ns.get(here.identity):
         raise RefusedError(
             f"{here.path} is the same filesystem as the source's, or a copy of it block by "
             "block: give this node a filesystem of its own"

@@ -25,8 +25,8 @@ class SourceFacts:
     epoch: Epoch
     as_of_ns: int
     volumes: tuple[VolumeFacts, ...]
-    stamped_ns: Mapping[str, int]
-    """The ctime of each volume's stamp, by identity."""
+    written_ns: Mapping[str, tuple[int, int]]
+    """The ctimes of each volume's identity and stamp, by identity: no other filesystem has both."""
     still_ns: Mapping[str, int] = field(default_factory=dict)
     """Up to when a list of changes, published earlier, is still all; by identity, not for all."""
 
@@ -49,11 +49,11 @@ def read_facts(path: Path) -> SourceFacts:
     if not isinstance(document, dict) or document.get("nfsha_facts") != 1:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
-    stamped_ns, still_ns = document.get("stamped_ns"), document.get("still_ns", {})
+    written_ns, still_ns = document.get("written_ns"), document.get("still_ns", {})
     if (
         not _is_time(as_of_ns)
         or not isinstance(listed, list)
-        or not _are_times(stamped_ns)
+        or not _are_pairs(written_ns)
         or not _are_times(still_ns)
     ):
         raise VolumeError("the source's facts are incomplete")
@@ -61,13 +61,20 @@ def read_facts(path: Path) -> SourceFacts:
         epoch_from_json(document.get("epoch")),
         as_of_ns,
         tuple(from_json(one) for one in listed),
-        stamped_ns,
+        {uuid: (identity_ns, stamp_ns) for uuid, (identity_ns, stamp_ns) in written_ns.items()},
         still_ns,
     )
 
 
 def _are_times(value: object) -> TypeGuard[dict[str, int]]:
     return isinstance(value, dict) and all(map(_is_time, value.values()))
+
+
+def _are_pairs(value: object) -> TypeGuard[dict[str, list[int]]]:
+    return isinstance(value, dict) and all(
+        isinstance(one, list) and len(one) == 2 and all(map(_is_time, one))
+        for one in value.values()
+    )
 
 
 def _is_time(value: object) -> TypeGuard[int]:

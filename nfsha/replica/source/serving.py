@@ -96,7 +96,7 @@ class Serving:
         self.troubles: dict[str, str] = {}
         """What keeps a volume from being offered, by its name."""
         self._offered: dict[str, VolumeFacts] = {}
-        self._stamped_ns: dict[str, int] = {}
+        self._written_ns: dict[str, tuple[int, int]] = {}
         self._unwatched: set[str] = set()
         self._said = ""
 
@@ -138,13 +138,13 @@ class Serving:
                 troubles[one.name] = f"{names} bear one identity: a disk was copied block by block"
                 continue
             try:
-                ready, stamped_ns = await asyncio.to_thread(_own, one, epoch)
+                ready, written_ns = await asyncio.to_thread(_own, one, epoch)
             except (VolumeError, OSError) as error:
                 troubles[one.name] = str(error)
                 continue
             if ready.identity is not None:
                 fit[ready.identity] = ready
-                self._stamped_ns[ready.identity] = stamped_ns
+                self._written_ns[ready.identity] = written_ns
                 marked = marked or ready != one
         for name in troubles.keys() - self.troubles.keys():
             log.warning("volume %s is not offered: %s", name, troubles[name])
@@ -245,7 +245,7 @@ class Serving:
             "epoch": epoch_as_json(epoch),
             "as_of_ns": as_of_ns,
             "volumes": [as_json(one) for one in self._offered.values()],
-            "stamped_ns": {uuid: self._stamped_ns[uuid] for uuid in self._offered},
+            "written_ns": {uuid: self._written_ns[uuid] for uuid in self._offered},
             "still_ns": still_ns,
         }
         data = json.dumps(facts, sort_keys=True).encode()
@@ -320,11 +320,11 @@ class Serving:
         return {"running": self.source.running, "trouble": self.source.trouble or None}
 
 
-def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, int]:
+def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, tuple[int, int]]:
     """Gives a volume of the authority its identity and stamp. It blocks.
 
-    Returns its facts, and the ctime of the stamp: no other filesystem has it, be it equal in all
-    else. Raises VolumeError for one that cannot be the truth of this epoch.
+    Returns its facts, and the ctimes of its identity and stamp: no other filesystem has both, be
+    it equal in all else. Raises VolumeError for one that cannot be the truth of this epoch.
     """
     if one.failing:
         raise VolumeError(f"{one.path}: {one.failing}")
@@ -337,7 +337,7 @@ def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, int]:
         one = volumes.write_identity(one, str(uuids.uuid4()), pair=True)
     if one.stamp != epoch:
         volumes.write_stamp(one, epoch)
-    return replace(one, stamp=epoch), volumes.stamped_at_ns(one)
+    return replace(one, stamp=epoch), volumes.written_at_ns(one)
 
 
 def _busy(journals: Iterable[tuple[str, ChangeJournal]]) -> list[str]:

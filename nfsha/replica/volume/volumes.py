@@ -516,15 +516,19 @@ def write_stamp(facts: VolumeFacts, epoch: Epoch) -> None:
             _write_own(root_fd, facts, STAMP_NAME, text)
 
 
-def stamped_at_ns(facts: VolumeFacts) -> int:
-    """The ctimes of a volume's stamp and identity, summed: two filesystems never share them.
+def written_at_ns(facts: VolumeFacts) -> tuple[int, int]:
+    """The ctimes of a volume's identity and of its stamp: two filesystems never share both.
 
     Nothing can set them. The stamp's alone does not do: after a handover both nodes may write one
-    within the same tick of their clocks. Raises VolumeError, OSError.
+    within the same tick of their clocks. Nor does one number made of both: what the one was
+    written earlier the other may be later by. Raises VolumeError, OSError.
     """
-    own = (STAMP_NAME, IDENTITY_NAME)
     with root_of(facts) as root_fd:
-        return sum(os.stat(x, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns for x in own)
+        identity, stamp = (
+            os.stat(name, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
+            for name in (IDENTITY_NAME, STAMP_NAME)
+        )
+    return identity, stamp
 
 
 def _check_root(fd: int, facts: VolumeFacts) -> None:
