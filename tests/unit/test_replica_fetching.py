@@ -16,6 +16,7 @@ from nfsha.replica.fetching.copying import Copy
 from nfsha.replica.fetching.fetching import Fetching
 from nfsha.replica.fetching.finding import Finding
 from nfsha.replica.fetching.schedule import Cause, Kind, Plan, Reason
+from nfsha.replica.fetching.tally import Tally
 from nfsha.replica.fetching.under_way import UnderWay
 from nfsha.replica.journal.published import Published
 from nfsha.replica.source.facts import SourceFacts
@@ -110,6 +111,31 @@ def test_a_volume_that_goes_while_its_pass_fails_ends_no_daemon() -> None:
         await passes.stop()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("in_haste", "waits_ms"), [(True, 1250), (False, 60_000)])
+def test_what_a_handover_tried_in_haste_holds_up_no_pass_after_it(
+    in_haste: bool, waits_ms: int
+) -> None:
+    class Failing(Passes):
+        async def _ordinary_or_full(self, copy: Copy, _epoch: Epoch, reason: Reason) -> None:
+            raise OSError("the disk is full")
+
+    async def scene() -> int:
+        passes = Failing()
+        known = SimpleNamespace(name_of=lambda uuid: uuid, by_uuid=lambda _: None)
+        passes.inventory = cast("Any", known)
+        passes.start()
+        passes.know("full")
+        passes.begin(EPOCH)
+        passes.tally = Tally() if in_haste else None
+        for _ in range(10):
+            await passes.schedule.make("full", Reason(Cause.COMMAND))
+        wait_ms = passes.schedule.next_ms("full")
+        await passes.stop()
+        return wait_ms or 0
+
+    assert waits_ms / 2 < asyncio.run(scene()) <= waits_ms
 
 
 def test_a_list_that_was_fetched_while_it_was_published_is_fetched_again() -> None:
