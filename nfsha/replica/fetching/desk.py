@@ -92,7 +92,7 @@ class Desk:
             log.warning("%s", words)
 
     def failed(self, copy: Copy, why: str) -> None:
-        """The pass failed, and is tried again: ever later, but for a handover, which is in haste."""
+        """The pass failed, and is tried again: ever later, but in a handover, which is in haste."""
         if self.tally is None or copy.attempts == 0:
             copy.attempts = min(copy.attempts + 1, MAX_ATTEMPTS_COUNTED)
         self.say(copy, f"volume {self.name_of(copy.uuid)}: the pass failed: {why}")
