@@ -15,7 +15,9 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from nfsha.core import lease
@@ -55,6 +57,16 @@ _WORDS: Final = {
 }
 
 
+@dataclass(slots=True)
+class _Question:
+    """What the other node is asked; all who want to know it now wait for the one answer."""
+
+    id: str = ""
+    list: bool = False
+    askers: int = 0
+    answer: Facts | None = None
+
+
 class Plans:
     """The plans of one daemon, and the questions of the other one."""
 
@@ -63,7 +75,7 @@ class Plans:
         self._answers = answers
         self._replication = shell.world.replication
         self._shown: OrderedDict[str, Facts] = OrderedDict()
-        self._asking = ""
+        self._question: _Question | None = None
         self._answering = ""
         self._task: asyncio.Task[None] | None = None
 
@@ -199,31 +211,57 @@ class Plans:
         if self._replication.replicator is None:
             yield {"numbers": None, "why": "somebody else replicates: nfsha copies nothing"}
             return
-        number = secrets.token_hex(8)
         clock_s = asyncio.get_running_loop().time
         began_s = clock_s()
         silent_s = began_s + ANSWER_WITHIN_S
-        self._asking = number
-        self._replication.say(ASKED, {"id": number, "list": all_names})
-        try:
+        with self._asking(all_names) as question:
             while clock_s() < min(silent_s, began_s + estimate.WITHIN_S + ANSWER_WITHIN_S):
-                told = self._replication.told.get(TOLD)
-                if isinstance(told, Mapping) and told.get("id") == number:
+                told = self._told_of(question)
+                if question.answer is not None:
+                    yield question.answer
+                    return
+                if told is not None:
                     if self._heard():  # what it told stays there when it is gone
                         silent_s = clock_s() + ANSWER_WITHIN_S
-                    if "numbers" in told:
-                        yield _answer_of(told)
-                        return
                     if fits(told, {"id": str, "looked_at": int, "volumes": int}):
                         yield {key: told[key] for key in ("looked_at", "volumes")}
                 await asyncio.sleep(SHOW_EVERY_S / 10)
-        finally:
-            if self._asking == number:  # else somebody else asks by now
-                self._replication.say(ASKED, None)
         yield {
             "numbers": None,
             "why": f"the other node, which would receive, told nothing for {ANSWER_WITHIN_S:g} s",
         }
+
+    @contextmanager
+    def _asking(self, all_names: bool) -> Iterator[_Question]:
+        """The question that stands in the facts while somebody waits for its answer.
+
+        Who comes while it stands joins it. Where that one wants more names than were asked for it
+        becomes another question: the look at the volumes goes on, and answers that one; all of
+        them see the names then.
+        """
+        question = self._question
+        if question is None or question.answer is not None:
+            question = self._question = _Question()
+        question.askers += 1
+        if not question.id or (all_names and not question.list):
+            question.id, question.list = secrets.token_hex(8), all_names
+            self._replication.say(ASKED, {"id": question.id, "list": question.list})
+        try:
+            yield question
+        finally:
+            question.askers -= 1
+            if not question.askers and question is self._question:
+                self._question = None
+                self._replication.say(ASKED, None)
+
+    def _told_of(self, question: _Question) -> Mapping[str, Any] | None:
+        """What the other node has told of it so far; its last word is kept for all who wait."""
+        told = self._replication.told.get(TOLD)
+        if not isinstance(told, Mapping) or told.get("id") != question.id:
+            return None
+        if "numbers" in told and question.answer is None:
+            question.answer = _answer_of(told)
+        return told
 
     def _heard(self) -> bool:
         engine = self._shell.engine

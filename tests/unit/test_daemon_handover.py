@@ -292,6 +292,67 @@ def test_a_node_that_dies_while_it_looks_ends_the_wait(monkeypatch: pytest.Monke
     assert "told nothing" in answers[-1]["why"]
 
 
+class Receiver:
+    """The other node of a giver's plans: it answers the question that stands, when it is let."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(handover_plan, "ANSWER_WITHIN_S", 1.0)
+        monkeypatch.setattr(Plans, "_heard", lambda _: True)
+        monkeypatch.setattr(handover_plan, "_answer_of", lambda told: {**told, "why": ""})
+        self.world = world
+        self.asked: list[Facts | None] = []
+        world.say = lambda key, value: self.asked.append(cast("Any", value))  # type: ignore[method-assign]
+
+    def answer(self) -> None:
+        asked = self.asked[-1]
+        assert asked is not None, "no question stands"
+        self.world.told = {"numbers": {"id": asked["id"], "numbers": {"volumes": []}}}
+
+
+async def asking(plans: Plans, *, names: bool = False) -> asyncio.Task[Facts]:
+    async def last() -> Facts:
+        args = {"to": "standby", "list": names}
+        said = [one async for one in plans.numbers("handover-numbers", args, cast("Any", None))]
+        return said[-1]
+
+    task = asyncio.ensure_future(last())
+    await asyncio.sleep(0.02)
+    return task
+
+
+def test_who_asks_while_another_one_waits_gets_the_same_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def play() -> None:
+        receiver = Receiver(World(), monkeypatch)
+        plans = plans_of(receiver.world)
+        gone, *others = [await asking(plans) for _ in range(3)]
+        assert len(receiver.asked) == 1
+        gone.cancel()
+        await asyncio.wait([gone])
+        receiver.answer()
+        for one in await asyncio.gather(*others):
+            assert one["id"] == receiver.asked[0]["id"]  # type: ignore[index]
+        assert receiver.asked[1:] == [None]
+        # What comes later is another question: an answer of before may be old.
+        await asking(plans)
+        assert receiver.asked[2]["id"] != receiver.asked[0]["id"]  # type: ignore[index]
+
+    asyncio.run(play())
+
+
+def test_who_wants_all_names_asks_for_the_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play() -> None:
+        receiver = Receiver(World(), monkeypatch)
+        plans = plans_of(receiver.world)
+        tasks = [await asking(plans, names=names) for names in (False, True, False)]
+        assert [one["list"] for one in receiver.asked if one is not None] == [False, True]
+        receiver.answer()
+        assert len({one["id"] for one in await asyncio.gather(*tasks)}) == 1
+
+    asyncio.run(play())
+
+
 def test_numbers_of_another_form_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
 
