@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nfsha.cli import client, render_handover
 from nfsha.cli.exits import Answer, CommandError, Exit
@@ -26,6 +26,9 @@ BEGIN_WITHIN_S: Final = 15.0
 REPORT_WITHIN_S: Final = 3.0
 """The parts of both nodes are there some 200 ms after the end."""
 
+BACK_WITHIN_S: Final = 20.0
+"""A daemon that is restarted answers again within a second or two, a machine that boots later."""
+
 LINE_EVERY_S: Final = 5.0
 """How often a long step shows how far it is, where it is not shown in place."""
 
@@ -36,6 +39,7 @@ _SERVED_SOON: Final = (
 )
 
 Facts = Mapping[str, Any]
+_T = TypeVar("_T")
 
 
 def failback(args: argparse.Namespace) -> Answer:
@@ -167,7 +171,7 @@ class _Watching:
     def to_the_end(self) -> Answer:
         """Returns when the service has moved. Raises CommandError where it stayed."""
         while True:
-            facts = client.status(self.path)
+            facts = self._asked(client.status)
             if _serves(facts) == str(self.to):
                 self._live.clear()
                 return self._done(facts)
@@ -175,6 +179,35 @@ class _Watching:
             if not self.as_json:
                 self._show(facts["handover"])
             time.sleep(POLL_S)
+
+    def _asked(self, ask: Callable[[Path], _T]) -> _T:
+        """What the daemon answers, also when it is restarted meanwhile."""
+        gone_s: float | None = None
+        while True:
+            try:
+                return ask(self.path)
+            except CommandError as error:
+                starts = gone_s is not None and error.exit is Exit.CANNOT
+                if error.exit is not Exit.UNREACHABLE and not starts:
+                    raise
+            now_s = time.monotonic()
+            if gone_s is None:
+                gone_s = now_s
+                self._begun = True  # a daemon that comes back knows nothing of what it was asked
+                self._say("the daemon here does not answer; waits for its return")
+            if now_s - gone_s >= BACK_WITHIN_S:
+                raise CommandError(
+                    Exit.UNREACHABLE,
+                    f"the daemon here was gone for {BACK_WITHIN_S:.0f} s while the move was "
+                    "watched: how it ended is not known here",
+                    "`nfsha status` and `nfsha events --reports` on the other node say it",
+                )
+            time.sleep(POLL_S)
+
+    def _say(self, words: str) -> None:
+        if not self.as_json:
+            self._live.clear()
+            print(f"{time.monotonic() - self.began_s:6.1f} s  {words}", flush=True)
 
     def _require_goes_on(self, facts: Facts) -> None:
         step = facts["handover"]["step"] or ""
@@ -252,10 +285,13 @@ class _Watching:
         return found
 
     def _newest(self) -> Facts | None:
-        for one in reversed(client.reports(self.path)):
-            if one["to"] == str(self.to) and one["id"] not in self.before:
-                return client.report(self.path, str(one["id"]))
-        return None
+        new = (
+            str(one["id"])
+            for one in reversed(self._asked(client.reports))
+            if one["to"] == str(self.to) and one["id"] not in self.before
+        )
+        number = next(new, None)
+        return self._asked(lambda path: client.report(path, number)) if number else None
 
 
 def _serves(facts: Facts) -> str | None:

@@ -16,6 +16,10 @@ ANSWER_MS = 10_000
 """How long one node waits for the other to do what it asks for: to begin, or to freeze."""
 
 
+GIVER_ENDED = "the giver ended it"
+"""All that a receiver knows of why, by the heartbeats."""
+
+
 def highest_number(state: State) -> int:
     """The highest epoch number known here, be it only of a handover that was begun."""
     numbers = [lease.known_number(state)]
@@ -211,7 +215,7 @@ def receiving_off(state: State, now_ms: int) -> str:
     if report is None or not lease.peer_heard(state, now_ms):
         return "the giver is not heard any more"
     if report.refuses == state.handover:
-        return "the giver ended it"
+        return GIVER_ENDED
     if state.phase is Phase.PRESYNC:
         return _presync_off(state, now_ms)
     if report.phase is not Phase.PREPARED or report.handover != state.handover:

@@ -101,9 +101,11 @@ class Answers:
     async def _move(self, command: str, args: Facts, who: Credentials) -> Facts:
         moves = self._shell.moves
         if command == "abort":
+            node = self._shell.world.settings.name
+            await moves.ending(f"an operator (uid {who.uid}) aborted it on {node}")
             answer = await self._obey(who, CommandKind.ABORT)
-            if answer["ok"]:
-                moves.ended_by_operator()
+            if not answer["ok"]:
+                moves.goes_on()
             return answer
         if command == "reports":
             return {"reports": moves.reports()}
@@ -159,7 +161,11 @@ class Answers:
         facts = situation(engine.state, now_ms)
         move = facts["handover"]
         if isinstance(move, dict):
-            move["progress"] = self._shell.moves.progress(move["side"])
+            moves = self._shell.moves
+            move["progress"] = moves.progress(move["side"])
+            last = move["last"]
+            if last is not None and not last["done"] and moves.last_why:
+                last["why"] = moves.last_why  # the core may only know that it was ended
         return {
             **facts,
             "alarms": [*_listed(facts["alarms"]), *self._copies.alarms()],

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from nfsha.core.model import RECEIVING_PHASES
+from nfsha.core import handover
+from nfsha.core.handover import GIVER_ENDED
+from nfsha.core.model import RECEIVING_PHASES, Phase
 from nfsha.core.state import State
 from nfsha.daemon.handover_track import Part, Tracker
 from nfsha.daemon.inbox import Inbox
@@ -29,11 +32,22 @@ Facts = dict[str, Any]
 
 MOVE: Final = "move"
 REPORT: Final = "report"
-"""In the facts that the nodes tell each other: how far the move is, and the newest own part."""
+ENDS: Final = "move_ends"
+"""In the facts that the nodes tell each other: how far the move is, the newest own part, and who
+ends the move from here."""
 
 TELL_EVERY_MS: Final = 400
 BOTH_WITHIN_MS: Final = 3000
 """The other node's part comes in some 100 ms; without it the event goes to the log all the same."""
+
+WORDS_WITHIN_MS: Final = 1000
+"""So long a receiver whose move was ended by the giver waits to be told by whom; and so long that
+node tries to tell it before it ends the move, while nobody is held."""
+
+POLL_S: Final = 0.01
+
+SETTLED_WITHIN_S: Final = 2.0
+"""A daemon that ends waits so long until its reports are on the disk."""
 
 ROW: Final = "report"
 """Stands in the event log where decisions have the id of their rule."""
@@ -60,6 +74,7 @@ _GIVER: Final = {
     "steps": {str: int},
 }
 _RECEIVER: Final = {**_GIVER, **tally.SHAPE}
+_ENDS: Final = {"n": str, "why": str}
 _REPORT: Final = (
     {"id": str, "side": str, "part": _GIVER},
     {"id": str, "side": str, "part": _RECEIVER},
@@ -82,8 +97,17 @@ class Moves:
         self._progress: Facts | None = None
         self._waiting: dict[str, int] = {}
         """Reports of which the log does not know yet, and until when they wait to be whole."""
-        self._phase = ""
-        self._by_operator = False
+        self._state: State | None = None
+        self._why = ""
+        """Who ends the move from here; "" while nobody does."""
+        self._words_n = ""
+        """The last word of the other node that was used, or came before the move."""
+        self._unsaid: tuple[Part, int] | None = None
+        """A part whose end the giver has yet to explain, and how long that is waited for."""
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._ended = False
+        self.last_why = ""
+        """Why the last move that ended here ended; "" once one was done."""
 
     async def start(self) -> None:
         """Reads the reports of earlier lives; says the newest own part again."""
@@ -100,12 +124,16 @@ class Moves:
 
     def follow(self, state: State, now_ms: int) -> None:
         """Takes the state after a turn."""
-        self._phase = str(state.phase)
+        self._state = state
+        before = self._tracker.epoch
         part = self._tracker.follow(state, now_ms, time.time_ns())
+        if before is None and self._tracker.epoch is not None:
+            self._words_n = self._words()[0]
         if part is not None:
-            self._keep(part.number, part.side, self._whole(part), own=True)
-        if self._tracker.epoch is None:
-            self._by_operator = False
+            self._unsaid = part, now_ms + WORDS_WITHIN_MS
+        self._say_part(now_ms)
+        if self._why and self._tracker.epoch is None and not handover.under_way(state, now_ms):
+            self._why = ""
         if state.phase in RECEIVING_PHASES:
             self._tell(now_ms)
         elif self._telling:
@@ -115,9 +143,72 @@ class Moves:
         if self._waiting:
             self._log_whole(now_ms)
 
-    def ended_by_operator(self) -> None:
-        """An operator's `abort` was accepted here; the core may only know that it is ended."""
-        self._by_operator = True
+    async def ending(self, why: str) -> None:
+        """Somebody is about to end the move from here: the reports of both nodes shall say who.
+
+        The core only knows that it is ended. While nobody is held yet, the other node is told
+        before it is; a giver has no part in the report then.
+        """
+        self._why = why
+        if not self._holds_nobody():
+            return
+        self._replication.say(ENDS, {"n": secrets.token_hex(4), "why": why})
+        latest_ms = self._world.clock_ms() + WORDS_WITHIN_MS
+        while self._world.clock_ms() < latest_ms:
+            if self._replication.delivered or not self._holds_nobody():
+                return
+            await asyncio.sleep(POLL_S)
+
+    @property
+    def followed(self) -> bool:
+        """No move is followed any more: each was to its end, until one of the nodes served."""
+        return self._tracker.epoch is None
+
+    def _holds_nobody(self) -> bool:
+        return self._state is not None and self._state.phase is Phase.ACTIVE
+
+    def goes_on(self) -> None:
+        """The move could not be ended."""
+        self._why = ""
+        self._replication.say(ENDS, None)
+
+    def _words(self) -> tuple[str, str]:
+        """What the other node says of who ends the move from there, and the number of that."""
+        told = self._replication.told.get(ENDS)
+        if isinstance(told, Mapping) and fits(told, _ENDS):
+            return str(told["n"]), str(told["why"])
+        return "", ""
+
+    def _say_part(self, now_ms: int) -> None:
+        """Keeps the part of a move that ended, with the word of who ended it."""
+        if self._unsaid is None:
+            return
+        part, latest_ms = self._unsaid
+        number, words = self._words()
+        told = part.side == "receiver" and part.why == GIVER_ENDED and not self._why
+        if told and number == self._words_n and now_ms < latest_ms:
+            return
+        self._unsaid = None
+        facts = self._whole(part)
+        if self._why and not part.done:
+            facts["why"] = self._why
+        elif told and number != self._words_n:
+            facts["why"] = words
+        self._why, self._words_n = "", number
+        self.last_why = "" if part.done else str(facts["why"])
+        self._keep(part.number, part.side, facts, own=True)
+
+    async def settle(self) -> None:
+        """Waits until what is known of the last move is on the disk; `SETTLED_WITHIN_S` at most.
+
+        The daemon ends: what comes of the other node now, the next one is told again.
+        """
+        self._ended = True
+        now_ms = self._world.clock_ms()
+        self._say_part(now_ms + WORDS_WITHIN_MS)
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=SETTLED_WITHIN_S)
+        self._log_whole(now_ms + SETTLED_WITHIN_S * 1000 + BOTH_WITHIN_MS)
 
     def _tell(self, now_ms: int) -> None:
         replicator = self._replication.replicator
@@ -144,16 +235,16 @@ class Moves:
     def _whole(self, part: Part) -> Facts:
         """With what was copied, where this node received."""
         facts = part.as_json(self._world.settings.name)
-        if self._by_operator and not part.done:
-            facts["why"] = "the operator ended it"
-        self._by_operator = False
         replicator = self._replication.replicator
         if part.side == "receiver" and replicator is not None:
             facts |= replicator.receiving.tally.as_json()
         return facts
 
     def _keep(self, number: str, side: str, part: Mapping[str, Any], *, own: bool) -> None:
-        self._inbox.watch(asyncio.ensure_future(self._kept(number, side, part)))
+        task = asyncio.ensure_future(self._kept(number, side, part))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+        self._inbox.watch(task)
         if own:
             self._replication.say(REPORT, {"id": number, "side": side, "part": dict(part)})
 
@@ -170,7 +261,7 @@ class Moves:
     def heard(self, facts: Mapping[str, Any]) -> None:
         """Takes the other node's facts: its part of the newest report may be in them."""
         told = facts.get(REPORT)
-        if told is None:
+        if told is None or self._ended:
             return
         if not fits(told, _REPORT):
             log.warning("the other node's report of a move is refused: it is of another form")
@@ -180,19 +271,20 @@ class Moves:
         if known is None or known.get(side) != part:
             self._keep(number, side, part, own=False)
 
-    def _log_whole(self, now_ms: int) -> None:
+    def _log_whole(self, now_ms: float) -> None:
         """Writes a report's line into the event log once both parts are there, or time is up."""
         for number, latest_ms in tuple(self._waiting.items()):
             report = self.store.get(number)
             if report is None or (not has_both(report) and now_ms < latest_ms):
                 continue
             del self._waiting[number]
+            phase = "" if self._state is None else str(self._state.phase)
             said = str(as_report(report)["summary"])
             self._world.events.append(
-                at_ms=now_ms,
+                at_ms=self._world.clock_ms(),
                 row=ROW,
-                phase=self._phase,
-                to=self._phase,
+                phase=phase,
+                to=phase,
                 why=said,
                 detail=f"nfsha events --report {number}",
             )

@@ -145,6 +145,12 @@ class Replication:
         if self._facts is not None:
             self._tell(self._facts)
 
+    @property
+    def delivered(self) -> bool:
+        """Does the other node hold what was said last?"""
+        packed = self._packing is None or self._packing.done()
+        return self.replicator is not None and packed and self._pages.delivered
+
     def _tell(self, facts: dict[str, Any]) -> None:
         self._facts = facts
         self._next_facts = {**self._said, **facts}

@@ -11,10 +11,20 @@ import contextlib
 import gc
 import logging
 import signal
+from collections.abc import Callable
+from typing import Final
 
 from nfsha.core import handover, lease
 from nfsha.core.engine import Decision, Engine, begin
-from nfsha.core.model import GIVING_PHASES, Command, CommandKind, Fired, Phase, Reply
+from nfsha.core.model import (
+    GIVING_PHASES,
+    RECEIVING_PHASES,
+    Command,
+    CommandKind,
+    Fired,
+    Phase,
+    Reply,
+)
 from nfsha.daemon.executors import Executors
 from nfsha.daemon.handover_report import Moves
 from nfsha.daemon.inbox import Inbox
@@ -30,6 +40,9 @@ POLL_S = 0.02
 
 LEAVE_WITHIN_S = 3.0
 """A stopping daemon whose engine does not come to an end is ended after this time."""
+
+_HELD: Final = frozenset({*GIVING_PHASES, Phase.FINAL_SYNC, Phase.RESTORING})
+"""In these phases of a handover clients are held."""
 
 
 class Shell:
@@ -82,6 +95,7 @@ class Shell:
             wait_ms = self.engine.wake_at_ms() - clock_ms()
             await self.inbox.wait(wait_ms / 1000)
             self._turn(self.engine)
+        await self.moves.settle()
         await self.world.volumes.end()  # a hook that outlived the time for a stop
         await self._executors.settle()
         return self._left
@@ -171,8 +185,7 @@ class Shell:
 
     async def _end(self) -> None:
         restart = await stop_is_restart(own_unit())
-        if not restart:
-            await self._hand_over_first()
+        await (self._settle_move() if restart else self._hand_over_first())
         kind = CommandKind.RESTART if restart else CommandKind.STOP
         reply = await self.command(kind)
         log.info("%s: %s", reply.row, reply.why)
@@ -182,6 +195,35 @@ class Shell:
             log.error("the engine did not come to an end within %.0f s", within_s)
             self._leave("ended by force")
 
+    async def _settle_move(self) -> None:
+        """Before a restart: ends a handover that holds nobody yet, waits for one that does.
+
+        So no client waits for this daemon's return: one node serves when it goes, and where that is
+        this one, it keeps the address. The other one could not go on alone with the handover.
+        """
+        engine = self.engine
+        if engine is None:
+            return
+        if engine.state.phase in _HELD:
+            log.info("waits for the handover that is under way before it restarts")
+            await self._await_handover(engine, "restart")
+        elif handover.under_way(engine.state, self.world.clock_ms()):
+            await self._end_move(engine, "restarted")
+        await self._served_again()
+
+    async def _end_move(self, engine: Engine, word: str) -> None:
+        """Ends a handover because this daemon is about to go, and says so on both nodes."""
+        node = self.world.settings.name
+        await self.moves.ending(
+            f"nfsha was {word} on {node}; nothing has moved: repeat the command when nfsha is back "
+            "there"
+        )
+        reply = await self.command(CommandKind.ABORT)
+        log.warning("ends the handover that is under way: %s (%s)", reply.why, reply.row)
+        if not reply.accepted:
+            self.moves.goes_on()
+        await self._ends_within(engine, LEAVE_WITHIN_S)
+
     async def _hand_over_first(self) -> None:
         """A final stop of the serving node moves the service away, if that can be within the time.
 
@@ -189,12 +231,14 @@ class Shell:
         Only where nfsha replicates: of somebody else's copies nothing is gained.
         """
         engine = self.engine
-        if engine is None or engine.state.phase not in GIVING_PHASES | {Phase.ACTIVE}:
+        if engine is None or not engine.state.config.replication:
             return
-        if not engine.state.config.replication:
+        if engine.state.phase in RECEIVING_PHASES:
+            await self._end_move(engine, "stopped")
+        if engine.state.phase not in GIVING_PHASES | {Phase.ACTIVE}:
             return
         asked_ms = self.world.clock_ms()
-        if handover.under_way(engine.state, self.world.clock_ms()):
+        if handover.under_way(engine.state, asked_ms):
             log.info("waits for the handover that is under way before it stops")
         else:
             reply = await self.command(CommandKind.HANDOVER, to=engine.state.me.other)
@@ -202,25 +246,41 @@ class Shell:
                 log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
                 return
             log.info("hands over before it stops: %s (%s)", reply.why, reply.row)
-        await self._await_handover(engine)
+        await self._await_handover(engine, "stop")
+        await self._served_again()
         ended = engine.state.last_handover
         if ended is None or ended.at_ms < asked_ms:
             log.warning("stops without having handed over: the other node did not begin")
         elif not ended.done:
             log.warning("stops without having handed over: %s", ended.why)
 
-    async def _await_handover(self, engine: Engine) -> None:
+    async def _await_handover(self, engine: Engine, word: str) -> None:
         """Waits for the end of the handover; aborts it when its time is over."""
-        if not await self._ends_within(engine, HAND_OVER_WITHIN_S):
-            reply = await self.command(CommandKind.ABORT)
-            log.warning("the handover takes too long for a stop: %s", reply.why)
-            if reply.accepted:
-                await self._ends_within(engine, LEAVE_WITHIN_S)
+        if await self._ends_within(engine, HAND_OVER_WITHIN_S):
+            return
+        node = self.world.settings.name
+        await self.moves.ending(f"it took too long for the {word} of nfsha on {node}")
+        reply = await self.command(CommandKind.ABORT)
+        log.warning("the handover takes too long for a %s: %s", word, reply.why)
+        if reply.accepted:
+            await self._ends_within(engine, LEAVE_WITHIN_S)
+        else:
+            self.moves.goes_on()
 
     async def _ends_within(self, engine: Engine, within_s: float) -> bool:
+        def ended() -> bool:
+            return not handover.under_way(engine.state, self.world.clock_ms())
+
+        return await self._within(ended, within_s)
+
+    async def _served_again(self) -> None:
+        """Waits until one of the nodes serves after a move, so that the report is whole."""
+        await self._within(lambda: self.moves.followed, LEAVE_WITHIN_S)
+
+    async def _within(self, done: Callable[[], bool], within_s: float) -> bool:
         loop = asyncio.get_running_loop()
         end_s = loop.time() + within_s
-        while handover.under_way(engine.state, self.world.clock_ms()):
+        while not done():
             if loop.time() >= end_s:
                 return False
             await asyncio.sleep(POLL_S)

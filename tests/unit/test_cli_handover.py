@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nfsha.cli import handover, render_handover
-from nfsha.cli.exits import Exit
+from nfsha.cli import client, handover, render_handover
+from nfsha.cli.exits import CommandError, Exit
 from nfsha.cli.main import main
 from nfsha.host import control, reports
 from tests.unit import situations
@@ -225,6 +225,51 @@ def test_interrupted_it_only_ceases_to_watch(
     assert "nfsha abort" in words
     assert "nfsha status --watch" in words
     assert asked(daemon, "abort") == []
+
+
+def gone_for(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """After its first word the daemon does not answer so often, then says that it starts."""
+    real, left = client.status, [*[Exit.UNREACHABLE] * times, Exit.CANNOT]
+
+    def now(path: Path) -> Facts:
+        facts = real(path)
+        if facts["handover"]["step"] is None and left:
+            raise CommandError(left.pop(0), "the daemon is not there")
+        return facts
+
+    monkeypatch.setattr(client, "status", now)
+
+
+def test_a_daemon_that_is_restarted_is_waited_for(
+    daemon: Daemon, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone_for(monkeypatch, times=3)
+    goes(daemon, status("PRESYNC"), status())
+    assert main(["switchover", "--yes"]) == Exit.ABORTED
+    out, error = said(capsys)
+    assert out.count("the daemon here does not answer; waits for its return") == 1
+    assert "aborted and rolled back, the primary serves" in error
+
+
+def test_a_daemon_that_does_not_come_back_is_waited_for_no_longer(
+    daemon: Daemon, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "BACK_WITHIN_S", 0.05)
+    gone_for(monkeypatch, times=1_000_000)
+    goes(daemon, status("PRESYNC"), status())
+    assert main(["switchover", "--yes"]) == Exit.UNREACHABLE
+    words = said(capsys)[1]
+    assert "how it ended is not known here" in words
+    assert "`nfsha events --reports` on the other node" in words
+
+
+def test_another_error_than_silence_is_told_at_once(
+    daemon: Daemon, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone_for(monkeypatch, times=0)  # "it cannot", though it was never gone
+    goes(daemon, status("PRESYNC"), status())
+    assert main(["switchover", "--yes"]) == Exit.CANNOT
+    assert "the daemon is not there" in said(capsys)[1]
 
 
 def test_an_aborted_one_ends_with_its_report(daemon: Daemon, capsys: Said) -> None:

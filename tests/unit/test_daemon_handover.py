@@ -335,7 +335,8 @@ def test_who_asks_while_another_one_waits_gets_the_same_answer(
             assert one["id"] == receiver.asked[0]["id"]  # type: ignore[index]
         assert receiver.asked[1:] == [None]
         # What comes later is another question: an answer of before may be old.
-        await asking(plans)
+        later = await asking(plans)
+        assert not later.done()
         assert receiver.asked[2]["id"] != receiver.asked[0]["id"]  # type: ignore[index]
 
     asyncio.run(play())
@@ -449,6 +450,110 @@ def test_a_report_that_is_none_is_refused(
 
     assert asyncio.run(scene()) == []
     assert len(caplog.records) == 1
+
+
+class Ended:
+    """The moves of a receiver whose giver ended the move before it held anybody."""
+
+    def __init__(self, folder: Path) -> None:
+        self.moves, self.world = moves_in(folder)
+        self.now_ms = 5000
+        self.world.clock_ms = lambda: self.now_ms
+        self.pair = situations.copied()
+
+    def turn(self) -> None:
+        self.moves.follow(self.pair.standby.state, self.now_ms)
+
+    def begin(self) -> None:
+        assert self.pair.ask(self.pair.standby, CommandKind.HANDOVER, to=Role.STANDBY).accepted
+        self.pair.run(200)
+        self.turn()
+
+    def end(self) -> None:
+        assert self.pair.ask(self.pair.primary, CommandKind.ABORT).accepted
+        self.pair.run(200)
+        assert self.pair.standby.state.phase is Phase.PASSIVE
+        self.turn()
+
+    def hear(self, number: str, why: str) -> None:
+        self.world.replication.told = {"move_ends": {"n": number, "why": why}}
+
+    async def whys(self) -> list[str]:
+        await asyncio.gather(*self.world.tasks)
+        return [str(one["why"]) for one in self.moves.reports()]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_receiver_says_by_whom_the_giver_was_made_to_end_it(
+    tmp_path: Path, early: bool
+) -> None:
+    async def scene() -> list[str]:
+        ended = Ended(tmp_path)
+        ended.hear("1", "of a move before")
+        ended.begin()
+        if early:
+            ended.hear("2", "an operator there")
+        ended.end()
+        assert bool(ended.world.tasks) is early
+        ended.hear("2", "an operator there")
+        ended.turn()
+        assert ended.moves.last_why == "an operator there"
+        return await ended.whys()
+
+    assert asyncio.run(scene()) == ["an operator there"]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_word_that_does_not_come_is_not_waited_for_long(tmp_path: Path, stops: bool) -> None:
+    async def scene() -> list[str]:
+        ended = Ended(tmp_path)
+        ended.hear("1", "of a move before")
+        ended.begin()
+        ended.end()
+        assert not ended.world.tasks
+        if stops:
+            await ended.moves.settle()
+            assert len(ended.world.events.lines) == 1  # the log has its line before the end
+        else:
+            ended.now_ms += 1000
+            ended.turn()
+        return await ended.whys()
+
+    assert asyncio.run(scene()) == ["the giver ended it"]
+
+
+def test_a_word_of_another_form_is_none(tmp_path: Path) -> None:
+    async def scene() -> list[str]:
+        ended = Ended(tmp_path)
+        ended.begin()
+        ended.world.replication.told = {"move_ends": {"n": 2, "why": ["nonsense"]}}
+        ended.end()
+        ended.now_ms += 1000
+        ended.turn()
+        return await ended.whys()
+
+    assert asyncio.run(scene()) == ["the giver ended it"]
+
+
+def test_a_giver_that_holds_nobody_tells_who_ends_it_before_it_does(tmp_path: Path) -> None:
+    async def scene() -> list[tuple[str, object]]:
+        moves, world = moves_in(tmp_path)
+        said: list[tuple[str, object]] = []
+        world.replication.say = lambda key, value: said.append((key, value))
+        world.replication.delivered = False
+        moves.follow(situations.settled().primary.state, 5000)
+        telling = asyncio.ensure_future(moves.ending("an operator here"))
+        await asyncio.sleep(0.05)
+        assert not telling.done()
+        world.replication.delivered = True
+        await telling
+        moves.goes_on()
+        return said
+
+    first, last = asyncio.run(scene())
+    assert first[0] == "move_ends"
+    assert cast("Facts", first[1])["why"] == "an operator here"
+    assert last == ("move_ends", None)
 
 
 def test_progress_is_of_this_round_and_of_what_runs() -> None:
