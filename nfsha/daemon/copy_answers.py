@@ -77,7 +77,7 @@ class CopyAnswers:
         """
         if self._replicator is None:
             return None
-        facts = self._replicator.facts()
+        facts = self._replicator.overview.facts()
         first = sorted(facts["volumes"], key=_is_calm)[:STATUS_VOLUMES]
         return {**facts, "volumes": _part(first), "total": len(facts["volumes"])}
 
@@ -85,7 +85,10 @@ class CopyAnswers:
         """What is not as it should be with the copies."""
         if self._replicator is None:
             return []
-        alarms = [{"name": name, "text": text} for name, text in self._replicator.alarms().items()]
+        alarms = [
+            {"name": name, "text": text}
+            for name, text in self._replicator.overview.alarms().items()
+        ]
         found = _part(alarms[:STATUS_ALARMS])
         more = len(alarms) - len(found)
         if more:
@@ -109,7 +112,7 @@ class CopyAnswers:
         match command:
             case "volumes":
                 await there.seen()
-                facts = there.facts()
+                facts = there.overview.facts()
                 part = _part(facts["volumes"], _number(args, "start"))
                 return {**facts, "volumes": part, "total": len(facts["volumes"])}
             case "sync":
@@ -188,7 +191,7 @@ class CopyAnswers:
         """The volumes with which something else happens than was told."""
         wanted = frozenset(chosen)
         found = []
-        for one in self._there().facts()["volumes"]:
+        for one in self._there().overview.facts()["volumes"]:
             if one["uuid"] in wanted:
                 now = {key: one["sync"][key] for key in ("state", "why", "progress", "plan")}
                 if told.get(one["uuid"]) != now:
@@ -223,7 +226,9 @@ class CopyAnswers:
             case "drop":
                 entry, confirm = _text(args, "entry"), _text(args, "confirm")
                 where = await self._volume_of(volume, entry)
-                await self._there().quarantine(where, lambda one: one.drop(entry, confirm=confirm))
+                await self._there().quarantines.ask(
+                    where, lambda one: one.drop(entry, confirm=confirm)
+                )
                 return {"ok": True, "why": f"{entry} is deleted"}
             case other:
                 raise CommandError(f"the quarantine knows no action {str(other)[:40]!r}")
@@ -273,7 +278,7 @@ class CopyAnswers:
         def call(one: Quarantine) -> tuple[Listing, Usage | None]:
             return one.list(after=after, limit=limit), None if after else one.usage()
 
-        listing, usage = (await self._there().quarantine(volume, call))[volume]
+        listing, usage = await self._there().quarantines.ask(volume, call)
         entries = [
             {"volume": volume, **asdict(entry), "epoch": entry.epoch and entry.epoch.number}
             for entry in listing.entries
@@ -290,12 +295,12 @@ class CopyAnswers:
         names = []
         for name in self._with_quarantine(volume):
             try:
-                found = await self._there().quarantine(name, lambda one: one.holds(entry))
+                if await self._there().quarantines.ask(name, lambda one: one.holds(entry)):
+                    names.append(name)
             except (QuarantineError, VolumeError, OSError):
                 if volume is not None:
                     raise
                 continue  # one bad disk hides no other volume
-            names += [where for where, holds in found.items() if holds]
         if len(names) != 1:
             raise CommandError(f"there is no entry {entry[:80]!r}: see `nfsha quarantine list`")
         return names[0]
@@ -308,10 +313,9 @@ class CopyAnswers:
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= 1000:
             raise CommandError(f"limit is {limit!r}: a number from 1 to 1000 is expected")
         start = _name(after) if after is not None else None
-        found = await self._there().quarantine(
+        page = await self._there().quarantines.ask(
             where, lambda one: one.show(entry, after=start, limit=limit)
         )
-        page = found[where]
         items = _part([one.as_json() for one in page.items])
         return {
             "entry": {"name": entry, "volume": where},
@@ -327,7 +331,7 @@ class CopyAnswers:
             raise CommandError("paths is no list of names")
         names = [_name(one) for one in listed] or None
         to = _maybe_text(args, "to")
-        if to is None and not there.serves:
+        if to is None and not there.overview.serves:
             raise CommandError(
                 "this node does not serve, so the next pass would undo a restore in place: pause "
                 "the passes (`nfsha sync --pause`), restore with --to into another folder, and "
@@ -339,7 +343,7 @@ class CopyAnswers:
         call: Callable[[Quarantine], Any] = lambda one: one.restore(  # noqa: E731
             entry, names, to=folder, beside=beside
         )
-        done = (await there.quarantine(where, call))[where]
+        done = await there.quarantines.ask(where, call)
         return {
             "ok": not done.refused_count, "files": done.files, "emptied": done.emptied,
             "beside": _part([[shown(old), shown(new)] for old, new in done.beside]),

@@ -148,7 +148,7 @@ class Plans:
         if replicator is None:
             return []
         told = self._replication.told.get("held")
-        held = replicator.held() if self._receives(to) else told
+        held = replicator.overview.held() if self._receives(to) else told
         if not isinstance(held, Mapping) or not fits(held, {str: str}):
             return []
         names = {pair.uuid: pair.name for pair in replicator.inventory.pairs()}

@@ -255,8 +255,8 @@ class NfsFacts:
             self._rsync(whole=whole),
         )
         replicator = self._eyes.replication.replicator
-        hindrances = replicator.hindrances() if replicator is not None else []
-        copied_ns = replicator.copied_ns() if replicator is not None else 0
+        hindrances = replicator.overview.hindrances() if replicator is not None else []
+        copied_ns = replicator.overview.copied_ns() if replicator is not None else 0
         return Told(
             answers=answers,
             version=__version__,
@@ -270,7 +270,7 @@ class NfsFacts:
             rsync_refused=rsync.refused,
             hindrances=tuple(hindrances[:_SENTENCES_MAX]),
             copied_ns=copied_ns,
-            paused=replicator is not None and replicator.paused,
+            paused=replicator is not None and replicator.overview.paused,
             served=found,
         )
 

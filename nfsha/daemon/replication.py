@@ -94,7 +94,7 @@ class Replication:
             if state.phase is Phase.TAKEOVER:
                 self._takes_a_copy = not state.is_authority
             if state.phase is Phase.ACTIVE and self._phase is Phase.TAKEOVER and self._takes_a_copy:
-                for window in self.replicator.takeover_windows():
+                for window in self.replicator.overview.takeover_windows():
                     log.warning("takeover: %s", window)
             self._phase = state.phase
 

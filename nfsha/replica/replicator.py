@@ -12,41 +12,35 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nfsha.config import IPAddress, Settings
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, ReplicaChanged
-from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
+from nfsha.core.replication import Fetch, Finish, Flow, Offer, Rest
 from nfsha.replica import exchange, forgetting
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.content.questions import Answering
 from nfsha.replica.exchange import ExchangeError
-from nfsha.replica.fetching.copying import Copy, State
 from nfsha.replica.fetching.estimate import Estimating
 from nfsha.replica.fetching.fetching import END_WITHIN_S, Fetching
 from nfsha.replica.fetching.schedule import Cause, Kind, Reason
 from nfsha.replica.forgetting import NotForgottenError
-from nfsha.replica.handover.receiving import MAX_FAILURES, Receiving
-from nfsha.replica.quarantine.quarantine import Quarantine, QuarantineError, over_limits
+from nfsha.replica.handover.receiving import Receiving
+from nfsha.replica.overview import FETCHES, Overview
+from nfsha.replica.quarantines import Quarantines
 from nfsha.replica.rsync import rsync_version
 from nfsha.replica.rsync.arguments import From
 from nfsha.replica.rsync.child import end_leftovers
 from nfsha.replica.source.serving import Serving
 from nfsha.replica.source.source import RSYNC, Source, epoch_token
 from nfsha.replica.volume import volumes
-from nfsha.replica.volume.facts import VolumeError, VolumeFacts, as_json
-from nfsha.replica.volume.inventory import Inventory, Pair
-from nfsha.replica.volume.marks import EVERYTHING, Mark, MarksError, MarkStore, wholeness
+from nfsha.replica.volume.facts import VolumeError, VolumeFacts
+from nfsha.replica.volume.inventory import Inventory
+from nfsha.replica.volume.marks import Mark, MarksError, MarkStore, wholeness
 
 log = logging.getLogger(__name__)
-
-KEEP_EVERY_MS = 60_000
-"""How often the limits of the quarantines are looked at."""
-
-FETCHES = (Fetch, Approach, Finish)
-"""The ways on which this node receives."""
 
 HELD_WITHIN_S = 2.0
 """So long may the end of what receives take while clients are held by a handover: a process that
@@ -144,15 +138,19 @@ class Replicator:
             watch=watch,
         )
         self.answering = Answering(self.source.public)
-        self._over: dict[str, str] = {}
-        self._kept_ms = 0
-        self.rsync = ""
-        self.warnings: tuple[str, ...] = ()
+        self.quarantines = Quarantines(self.inventory, settings.sync, clock_ms)
+        self.overview = Overview(
+            self.inventory,
+            self.store,
+            self.fetching,
+            self.serving,
+            self.quarantines,
+            lambda: self._flow,
+        )
         self._flow: Flow = Rest("the daemon is starting")
         self._epoch: Epoch | None = None
         self._reported: ReplicaChanged | None = None
         self._told: Facts | None = None
-        self._taints_there: Mapping[str, str] = {}
         self._refused = ""
         self._bell = asyncio.Event()
         self._known = asyncio.Event()
@@ -174,7 +172,7 @@ class Replicator:
         found = await rsync_version.check(RSYNC)
         if found.refused:
             raise ReplicaError(found.refused)
-        self.rsync, self.warnings = found.version, found.warnings
+        self.overview.rsync, self.overview.warnings = found.version, found.warnings
         for warning in found.warnings:
             log.warning("%s", warning)
         try:
@@ -262,9 +260,7 @@ class Replicator:
             if isinstance(self._flow, Fetch) and self.inventory.there is not None:
                 self._known.set()
             self._changed()
-            if self._clock_ms() - self._kept_ms >= KEEP_EVERY_MS:
-                self._kept_ms = self._clock_ms()
-                await self._keep_quarantines()
+            await self.quarantines.keep()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._bell.wait()
@@ -391,33 +387,24 @@ class Replicator:
                 "good: `nfsha volumes forget`)"
             )
         return wholeness(
-            self._paired(), self.store, epoch, time.time_ns(), self._settings.sync.max_data_age_ms
+            self.overview.paired(),
+            self.store,
+            epoch,
+            time.time_ns(),
+            self._settings.sync.max_data_age_ms,
         )
-
-    def _paired(self) -> Sequence[VolumeFacts]:
-        """Volumes that have a counterpart: told by the other node now, or by a pass of before."""
-        known = self.store.own.keys() | self.store.peer.keys()
-        told = {pair.uuid for pair in self.inventory.pairs() if pair.paired == "paired"}
-        return [
-            one for one in self.inventory.here if one.identity is not None
-            and (one.identity in told or one.identity in known)
-        ]  # fmt: skip
 
     def _own_facts(self) -> Facts:
         asked = self.fetching.asking.as_json()
-        return {**exchange.own_facts(self.inventory.here, self.store, asked), "held": self.held()}
+        return {
+            **exchange.own_facts(self.inventory.here, self.store, asked),
+            "held": self.overview.held(),
+        }
 
     @property
     def parallel(self) -> int:
         """So many passes run side by side."""
         return self._settings.sync.parallel
-
-    def held(self) -> Facts:
-        """The plans of deletions that wait for an operator here, by the volume's identity."""
-        if not isinstance(self._flow, FETCHES):
-            return {}
-        copies = sorted(self.fetching.copies.items())
-        return {uuid: copy.plan.hash for uuid, copy in copies if copy.plan is not None}
 
     async def heard(self, facts: object) -> None:
         """Takes the other node's facts. What is malformed changes nothing, and is logged once."""
@@ -430,7 +417,7 @@ class Replicator:
             return
         self._refused = ""
         self.inventory.hear(told.volumes)
-        self._taints_there = told.tainted
+        self.overview.taints_there = told.tainted
         if isinstance(self._flow, Offer):
             await self._remember(self.store.put_peer, told.marks)
             await self._name_volumes()
@@ -454,191 +441,12 @@ class Replicator:
         await self.inventory.look()
         self._changed()
 
-    def hindrances(self) -> list[str]:
-        """What would end a handover on this node's side, after clients were held for nothing.
-
-        Not deletions that are held: those have a plan, which an operator accepts.
-        """
-        if isinstance(self._flow, Offer):
-            found = [f"volume {name} is not offered: {why}" for name, why in self._not_offered()]
-            if self.source.trouble:
-                found.append(f"the data is not offered: {self.source.trouble}")
-            return found
-        if not isinstance(self._flow, FETCHES):
-            return []
-        return [
-            f"volume {self.inventory.name_of(copy.uuid)}: {copy.why}"
-            for copy in self.fetching.copies.values()
-            if self._hinders(copy)
-        ]
-
-    @property
-    def paused(self) -> bool:
-        """Whether an operator holds the passes into this node back."""
-        return self.fetching.schedule.paused and not self.serves
-
-    def copied_ns(self) -> int:
-        """When the oldest of the last complete passes began, by the source's clock.
-
-        0 where nothing is copied to this node, or a volume never was, whole.
-        """
-        if not isinstance(self._flow, FETCHES):
-            return 0
-        marks = [self.store.own.get(uuid) for uuid in self.fetching.copies]
-        return min((0 if mark is None else mark.started_ns for mark in marks), default=0)
-
-    def _not_offered(self) -> list[tuple[str, str]]:
-        unwatched = dict.fromkeys(self.serving.unwatched(), "it has no change journal")
-        return sorted((unwatched | self.serving.troubles).items())
-
-    def _hinders(self, copy: Copy) -> bool:
-        """A resync that waits for the operator's word is none: a handover is that word."""
-        if copy.state is State.REFUSED:
-            return self._settings.sync.resync == "automatic"
-        return copy.state is State.FAILED and copy.attempts >= MAX_FAILURES
-
     # ------------------------------------------------------------- for operators
-
-    def facts(self) -> Facts:
-        """Everything that `nfsha volumes` shows."""
-        return {
-            "volumes": [self._volume(pair) for pair in self.inventory.pairs()],
-            "replication": self.side(),
-        }
-
-    def side(self) -> Facts:
-        """Which side this node is on, and why."""
-        flow = self._flow
-        modes = {Offer: "source", Rest: "none"}
-        return {
-            "mode": modes.get(type(flow), "target"),
-            "why": "" if isinstance(flow, Offer) else self._why_not(),
-            "source": self.serving.facts(),
-            "paused": self.fetching.schedule.paused,
-            "bandwidth_kib_s": self.fetching.bandwidth_kib_s,
-            "rsync": self.rsync,
-            "warnings": [*self.warnings, *self._troubles()],
-        }
-
-    def _troubles(self) -> list[str]:
-        found = [f"volume {name}: {why}" for name, why in sorted(self.serving.troubles.items())]
-        if self.inventory.trouble:
-            found.append(self.inventory.trouble)
-        return found
-
-    def _volume(self, pair: Pair) -> Facts:
-        copy = self.fetching.copies.get(pair.uuid or "") or Copy(pair.uuid or "")
-        store = self.store.peer if isinstance(self._flow, Offer) else self.store.own
-        mark = store.get(pair.uuid or "")
-        age_ms = None if mark is None else max(0, (time.time_ns() - mark.started_ns) // 1_000_000)
-        next_ms = self.fetching.schedule.next_ms(copy.uuid) if copy.state is not State.OFF else None
-        one = pair.here or pair.there
-        told = self.inventory.there is not None
-        return {
-            "name": pair.name,
-            "path": str(one.path) if one is not None else "",
-            "uuid": pair.uuid,
-            "paired": pair.paired if told else "unknown",
-            "here": as_json(pair.here) if pair.here is not None else None,
-            **({"there": as_json(pair.there) if pair.there is not None else None} if told else {}),
-            "differs": list(pair.differs),
-            "tainted": self._taint_of(pair.uuid or ""),
-            "sync": copy.as_json(mark, age_ms, next_ms),
-        }
-
-    def _taint_of(self, uuid: str) -> str:
-        """Why the copy is a mixture of two states; on the source, the copy of the other node."""
-        if not isinstance(self._flow, Offer):
-            return self.store.taint_of(uuid)
-        return self._taints_there.get(uuid) or self._taints_there.get(EVERYTHING, "")
-
-    def alarms(self) -> dict[str, str]:
-        """What is not as it should be with the copies: names, each with a sentence."""
-        found: dict[str, str] = {}
-        if self.inventory.trouble and self.inventory.looked_ms is not None:
-            found["volumes-unseen"] = self.inventory.trouble
-        for pair in self.inventory.pairs():
-            found |= self._pair_alarms(pair)
-        if isinstance(self._flow, FETCHES):
-            for copy in self.fetching.copies.values():
-                found |= self._copy_alarms(copy)
-        for name, over in self._over.items():
-            found[f"quarantine-full {name}"] = f"volume {name}: its quarantine {over}"
-        if isinstance(self._flow, Offer):
-            if self.source.trouble:
-                found["source"] = (
-                    f"the data is not offered to the other node: {self.source.trouble}"
-                )
-            for name, why in self.serving.troubles.items():
-                found[f"not-offered {name}"] = f"volume {name} is not offered: {why}"
-        return found
-
-    def _pair_alarms(self, pair: Pair) -> dict[str, str]:
-        if self.inventory.there is None or pair.paired in ("paired", "new"):
-            return {}
-        where = "here" if pair.paired == "unpaired-here" else "on the other node"
-        return {
-            f"unpaired {pair.name}": f"volume {pair.name} is a replicated one only {where}: it has "
-            "no copy (see `nfsha volumes`)"
-        }
-
-    def _copy_alarms(self, copy: Copy) -> dict[str, str]:
-        name = self.inventory.name_of(copy.uuid)
-        found = {}
-        if copy.plan is not None:
-            found[f"deletes-held {name}"] = f"volume {name}: {copy.why}"
-        elif copy.state in (State.FAILED, State.REFUSED):
-            found[f"not-copied {name}"] = f"volume {name}: {copy.why}"
-        if copy.damaged or copy.missed:
-            found[f"verify {name}"] = (
-                f"volume {name}: the last verify found {copy.damaged} damaged files and "
-                f"{copy.missed} missed changes (the log names them)"
-            )
-        if copy.missed_by_journal:
-            found[f"journal-missed {name}"] = (
-                f"volume {name}: full walks found what the change journal had not named, "
-                f"{copy.missed_by_journal} in all"
-            )
-        return found
-
-    async def _keep_quarantines(self) -> None:
-        """Looks at the limits of each quarantine, and drops what is beyond them if configured."""
-        sync = self._settings.sync
-        limits = (sync.quarantine_max_age_ms, sync.quarantine_max_bytes)
-        if limits == (None, None):
-            return
-        over = {}
-        for one in self.inventory.here:
-            if one.identity is None:
-                continue
-            try:
-                over[one.name] = await asyncio.to_thread(
-                    _in_quarantine, one, lambda store: _limited(store, limits, sync.quarantine_drop)
-                )
-            except (VolumeError, QuarantineError, OSError) as error:
-                over[one.name] = f"cannot be read: {error}"
-        self._over = {name: words for name, words in over.items() if words}
-
-    def takeover_windows(self) -> list[str]:
-        """Per volume, which writes may be missing if this node takes over now."""
-        now_ns = time.time_ns()
-        found = []
-        for one in self._paired():
-            mark = self.store.own.get(one.identity or "")
-            if mark is None:
-                found.append(f"volume {one.name}: never copied whole")
-                continue
-            age_s = max(0, now_ns - mark.started_ns) / 1e9
-            found.append(
-                f"volume {one.name}: writes of the last {age_s:.1f} s may be missing (the last "
-                f"complete pass began at {_wall(mark.started_ns)} by the source's clock)"
-            )
-        return found
 
     def chosen(self, name: str | None) -> list[str]:
         """The identities of the named volume, or of all that are copied here. ReplicaError."""
         if not isinstance(self._flow, Fetch) or not self._flow.start:
-            raise ReplicaError(f"nothing is copied to this node now: {self._why_not()}")
+            raise ReplicaError(f"nothing is copied to this node now: {self.overview.why_not()}")
         if name is None:
             return list(self.fetching.copies)
         one = self.inventory.by_name(name)
@@ -649,15 +457,8 @@ class Replicator:
     def why_no_look_ahead(self) -> str:
         """Why nobody can say here what a pass would do; "" where the volumes can be looked at."""
         if not isinstance(self._flow, Fetch) or not self._flow.start:
-            return self._why_not()
+            return self.overview.why_not()
         return ""
-
-    def _why_not(self) -> str:
-        if isinstance(self._flow, Offer):
-            return "it serves, run this on the other node"
-        if isinstance(self._flow, Approach | Finish):
-            return "a handover makes its own passes"
-        return self._flow.why
 
     async def sync(
         self,
@@ -779,42 +580,6 @@ class Replicator:
         self._changed()
         return words
 
-    # ------------------------------------------------------------- quarantine
-
-    async def quarantine(self, volume: str | None, call: Callable[[Quarantine], Any]) -> Facts:
-        """Does something with the quarantine of one volume here, or of all that have an identity.
-
-        Returns the answers by the volume's name. Raises ReplicaError and QuarantineError.
-        """
-        wanted = [
-            one
-            for one in self.inventory.here
-            if volume in (one.name, str(one.path)) or (volume is None and one.identity is not None)
-        ]
-        if volume is not None and not wanted:
-            raise ReplicaError(f"there is no volume {volume!r} here: see `nfsha volumes`")
-        found = {}
-        for one in wanted:
-            found[one.name] = await asyncio.to_thread(_in_quarantine, one, call)
-        return found
-
-    @property
-    def serves(self) -> bool:
-        """This node is the source now: what is restored here is seen by clients."""
-        return isinstance(self._flow, Offer)
-
-
-def _limited(store: Quarantine, limits: tuple[int | None, int | None], drop: bool) -> str:
-    if drop:
-        for entry in store.drop_expired(*limits):
-            log.warning("quarantine entry %s was beyond its limits, and is dropped", entry.name)
-    return over_limits(store.usage(), time.time_ns(), *limits)
-
-
-def _in_quarantine(one: VolumeFacts, call: Callable[[Quarantine], Any]) -> Any:  # noqa: ANN401
-    with volumes.root_of(one) as root_fd:
-        return call(Quarantine(root_fd))
-
 
 def _same_side(one: Flow, other: Flow) -> bool:
     if isinstance(one, Rest) or isinstance(other, Rest):
@@ -842,10 +607,6 @@ def _given_mark(one: VolumeFacts, epoch: Epoch, files: int) -> Mark:
 def _log_failure(task: asyncio.Task[str]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("the passes could not be ended: %s", error)
-
-
-def _wall(moment_ns: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment_ns / 1e9))
 
 
 async def _within(waiting: Coroutine[Any, Any, object]) -> bool:

@@ -62,6 +62,7 @@ class Many:
     """What answers need of a replicator: volumes that a test makes up."""
 
     def __init__(self, listed: list[Facts]) -> None:
+        self.overview = self.quarantines = self
         self.listed = listed
         self.failing: list[str] = []
         self.stores: dict[str, Path] = {}
@@ -109,12 +110,12 @@ class Many:
         self.stores = stores
         self.inventory.here = [SimpleNamespace(name=name, identity=name) for name in stores]
 
-    async def quarantine(self, name: str, call: Callable[[Quarantine], Any]) -> Facts:
+    async def ask(self, name: str, call: Callable[[Quarantine], Any]) -> object:
         if name in self.failing:
             raise QuarantineError("the disk is dead")
         root_fd = os.open(self.stores[name], os.O_RDONLY | os.O_DIRECTORY)
         try:
-            return {name: call(Quarantine(root_fd))}
+            return call(Quarantine(root_fd))
         finally:
             os.close(root_fd)
 

@@ -155,7 +155,7 @@ class World:
         self.replicator: Any = SimpleNamespace(
             inventory=SimpleNamespace(pairs=lambda: [self.pair]),
             store=SimpleNamespace(taints={}),
-            held=lambda: self.held,
+            overview=SimpleNamespace(held=lambda: self.held),
             why_no_look_ahead=lambda: self.why_not,
         )
         self.listeners: list[Callable[[Facts], None]] = []

@@ -242,14 +242,14 @@ def test_a_copy_that_the_other_node_calls_tainted_is_shown_so_here(world: World)
             await one.inventory.look()
             await one.heard(world.there(one_volume) | {"tainted": {FIRST: "resync to epoch 8"}})
             one._flow = Offer(EPOCH)
-            assert one.facts()["volumes"][0]["tainted"] == "resync to epoch 8"
+            assert one.overview.facts()["volumes"][0]["tainted"] == "resync to epoch 8"
             await one.heard(world.there(one_volume) | {"tainted": {"*": "its file was lost"}})
-            assert one.facts()["volumes"][0]["tainted"] == "its file was lost"
+            assert one.overview.facts()["volumes"][0]["tainted"] == "its file was lost"
             await one.heard(world.there(one_volume))
-            assert one.facts()["volumes"][0]["tainted"] == ""
+            assert one.overview.facts()["volumes"][0]["tainted"] == ""
             one._flow = Fetch(EPOCH, start=True)
             one.store.taint([FIRST], "resync to epoch 7")
-            assert one.facts()["volumes"][0]["tainted"] == "resync to epoch 7"
+            assert one.overview.facts()["volumes"][0]["tainted"] == "resync to epoch 7"
 
     asyncio.run(scene())
 
