@@ -14,6 +14,7 @@ from typing import Any
 
 import nfsha
 from nfsha.cli import fsm, handover, operate, replicate, setup, watch
+from nfsha.cli.configuration import CONFIG_VARIABLE, DEFAULT_CONFIG
 from nfsha.cli.exits import MEANINGS, Answer
 from nfsha.config.kinds import WrongError, bandwidth
 
@@ -94,7 +95,7 @@ FLAG: Mapping[str, Any] = {"action": "store_true"}
 JSON = Option(("--json",), "answer, and report errors, as JSON for programs", FLAG)
 CONFIG = Option(
     ("--config",),
-    f"the configuration (default: ${setup.CONFIG_VARIABLE}, else {setup.DEFAULT_CONFIG})",
+    f"the configuration (default: ${CONFIG_VARIABLE}, else {DEFAULT_CONFIG})",
     {"metavar": "PATH"},
 )
 SOCKET = Option(

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nfsha.cli.configuration import load_settings
 from nfsha.cli.exits import CommandError, Exit
-from nfsha.cli.setup import load_settings
 from nfsha.host import control
 
 SOCKET_NAME = "nfsha.sock"

@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Sequence
 
 from nfsha.cli import client
+from nfsha.cli.configuration import load_settings
 from nfsha.cli.exits import Answer, CommandError, Exit
-from nfsha.cli.setup import load_settings
 from nfsha.config import IPAddress, Settings
 from nfsha.host import clock, systemd
 from nfsha.vip.address import AddressDriver, AddressNotice, VipError

@@ -10,37 +10,13 @@ import os
 from pathlib import Path
 
 import nfsha
+from nfsha.cli.configuration import CONFIG_VARIABLE, DEFAULT_CONFIG, config_path, load_settings
 from nfsha.cli.exits import Answer, CommandError, Exit
-from nfsha.config import ConfigError, Settings, load, warnings
+from nfsha.config import Settings, warnings
 from nfsha.host import hooks
 from nfsha.peer import keys
 
-DEFAULT_CONFIG = Path("/etc/nfsha/nfsha.toml")
-CONFIG_VARIABLE = "NFSHA_CONFIG"
 DEFAULT_KEY = Path("/etc/nfsha/cluster.key")
-
-
-def config_path(args: argparse.Namespace) -> Path:
-    """The configuration file that was asked for: `--config`, else `NFSHA_CONFIG`, else /etc."""
-    return Path(args.config or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG)
-
-
-def load_settings(args: argparse.Namespace) -> Settings:
-    """Reads the configuration. Raises CommandError (exit 2) with every problem it has."""
-    path = config_path(args)
-    try:
-        return load(path)
-    except ConfigError as error:
-        problems = [
-            {"key": one.key, "value": one.value, "right": one.right} for one in error.problems
-        ]
-        count = len(problems)
-        raise CommandError(
-            Exit.USAGE,
-            f"{path}: {count} problem{'s' if count > 1 else ''}\n"
-            + "\n".join(f"  {problem}" for problem in error.problems),
-            data={"path": str(path), "problems": problems},
-        ) from None
 
 
 def run(args: argparse.Namespace) -> Answer:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nfsha.cli import client, render, render_clients, render_handover, render_volumes
+from nfsha.cli.configuration import load_settings
 from nfsha.cli.exits import Answer, CommandError, Exit
-from nfsha.cli.setup import load_settings
 from nfsha.cli.words import Style
 from nfsha.host.events import read_events
 from nfsha.host.reports import FOLDER, as_report, read_reports
