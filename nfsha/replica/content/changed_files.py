@@ -8,16 +8,14 @@ is found in the same way. It only looks at a volume; it must not change anything
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import time
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from nfsha.replica.content import file_names
 from nfsha.replica.content.content_files import content_files
-from nfsha.replica.files import beneath
-from nfsha.replica.files.own_names import OWN_PREFIX, STAMP_NAME
+from nfsha.replica.files.own_names import STAMP_NAME
 
 MAX_NAMES: Final = 100_000
 MAX_NAMES_BYTES: Final = 5 << 20
@@ -45,18 +43,23 @@ class ChangedFiles:
 
     def to_json(self) -> Document:
         """What JSON can carry."""
-        names = [base64.b64encode(name).decode("ascii") for name in self.names]
-        return {"names": names, "more": self.more}
+        return {"names": [file_names.to_text(name) for name in self.names], "more": self.more}
 
     @classmethod
     def from_json(cls, document: object) -> Self:
         """Reads what `to_json` made. ChangedError for anything else."""
         if not isinstance(document, dict) or document.keys() != {"names", "more"}:
             raise ChangedError("not an object with the names of changed files")
-        names, more = document["names"], document["more"]
-        if not isinstance(names, list) or len(names) > MAX_NAMES or not isinstance(more, bool):
+        listed, more = document["names"], document["more"]
+        if not isinstance(listed, list) or len(listed) > MAX_NAMES or not isinstance(more, bool):
             raise ChangedError("the names of changed files are no list of a bounded length")
-        return cls(tuple(_name_of(one) for one in names), more)
+        try:
+            found = tuple(file_names.from_text(one) for one in listed)
+            for name in found:
+                file_names.require_data(name)
+        except ValueError as error:
+            raise ChangedError(str(error)) from error
+        return cls(found, more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,32 +118,19 @@ def changed_since(
 
     Blocks. Raises OSError for a folder that cannot be read: what is in it is not known.
     """
-    names: list[bytes] = []
+    young: list[bytes] = []
     size = 0
     for name, found in content_files(root_fd, _unread):
         if found.st_ctime_ns < since_ns - SLACK_NS:
             continue
-        names.append(name)
+        young.append(name)
         size += len(name)
-        if len(names) > max_names or size > max_bytes:
+        if len(young) > max_names or size > max_bytes:
             return ChangedFiles((), more=True)
-    return ChangedFiles(tuple(names))
+    return ChangedFiles(tuple(young))
 
 
 def _unread(_folder: bytes, error: OSError | ValueError) -> None:
     if isinstance(error, OSError):
         raise error
     # Deeper than a path may be: no pass brings it anywhere.
-
-
-def _name_of(text: object) -> bytes:
-    if not isinstance(text, str) or len(text) > 2 * beneath.MAX_NAME_BYTES:
-        raise ChangedError("a name is no text, or too long")
-    try:
-        name = base64.b64decode(text, validate=True)
-        parts = beneath.parts_of(name)
-    except (binascii.Error, ValueError) as error:
-        raise ChangedError(f"a name is none: {error}") from error
-    if parts[0].startswith(OWN_PREFIX):
-        raise ChangedError(f"{beneath.shown(name)!r}: a name that nfsha keeps for itself")
-    return name

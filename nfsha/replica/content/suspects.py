@@ -8,8 +8,6 @@ copies, and judges (`classify`). It must not start a process, and must not chang
 
 from __future__ import annotations
 
-import base64
-import binascii
 import errno
 import hashlib
 import os
@@ -22,9 +20,9 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Protocol, Self
 
+from nfsha.replica.content import file_names
 from nfsha.replica.files import beneath
-from nfsha.replica.files.beneath import shown
-from nfsha.replica.files.own_names import OWN_PREFIX, STAMP_NAME
+from nfsha.replica.files.own_names import STAMP_NAME
 from nfsha.replica.volume.facts import cut
 
 MAX_SUSPECTS: Final = 1000
@@ -79,15 +77,13 @@ class SuspectQuestion:
             )
         for name in self.names:
             try:
-                parts = beneath.parts_of(name)
+                file_names.require_data(name)
             except ValueError as error:
-                raise SuspectError(f"{cut(shown(name))}: {error}") from error
-            if parts[0].startswith(OWN_PREFIX):
-                raise SuspectError(f"{cut(shown(name))}: a name that nfsha keeps for itself")
+                raise SuspectError(str(error)) from error
 
     def to_json(self) -> Document:
         """What JSON can carry."""
-        return {"uuid": self.uuid, "names": [_text_of(name) for name in self.names]}
+        return {"uuid": self.uuid, "names": [file_names.to_text(name) for name in self.names]}
 
     @classmethod
     def from_json(cls, document: object) -> Self:
@@ -96,7 +92,7 @@ class SuspectQuestion:
         uuid, names = fields["uuid"], fields["names"]
         if not isinstance(uuid, str) or not isinstance(names, list) or len(names) > MAX_SUSPECTS:
             raise SuspectError("the uuid is no text, or the names are no list of a bounded length")
-        return cls(uuid, tuple(_bytes_of(name) for name in names))
+        return cls(uuid, tuple(_name_of(name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +118,7 @@ class SuspectAnswer:
     def to_json(self) -> Document:
         """What JSON can carry."""
         return {
-            "name": _text_of(self.name), "size": self.size, "mtime_ns": self.mtime_ns,
+            "name": file_names.to_text(self.name), "size": self.size, "mtime_ns": self.mtime_ns,
             "ctime_ns": self.ctime_ns, "nlink": self.nlink, "sha256": self.sha256,
             "problem": self.problem, "told_ns": self.told_ns,
             "epoch_since_ns": self.epoch_since_ns,
@@ -140,7 +136,7 @@ class SuspectAnswer:
             raise SuspectError("sha256 is neither null nor 64 hex digits")
         if not isinstance(problem, str) or len(problem) > _MAX_PROBLEM:
             raise SuspectError("the problem is no short text")
-        return cls(**{**fields, "name": _bytes_of(fields["name"])})
+        return cls(**{**fields, "name": _name_of(fields["name"])})
 
 
 class Kind(StrEnum):
@@ -361,20 +357,11 @@ def _fields(document: object, keys: set[str]) -> Document:
     return document
 
 
-def _text_of(name: bytes) -> str:
-    return base64.b64encode(name).decode("ascii")
-
-
-def _bytes_of(text: object) -> bytes:
-    if not isinstance(text, str) or len(text) > 2 * beneath.MAX_NAME_BYTES:
-        raise SuspectError("a name is no text, or too long")
+def _name_of(text: object) -> bytes:
     try:
-        name = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SuspectError(f"a name is not base64: {error}") from error
-    if _text_of(name) != text:
-        raise SuspectError("a name is not spelled as nfsha spells it")
-    return name
+        return file_names.from_text(text)
+    except ValueError as error:
+        raise SuspectError(str(error)) from error
 
 
 def _when(moment_ns: int) -> str:
