@@ -38,6 +38,7 @@ _COLOURS = {
 
 _NEXT_BY_ALARM: Final[Mapping[str, str]] = {
     "volumes-unseen": "mend what keeps the volumes from being seen",
+    "volume-hangs": "thaw it (`fsfreeze -u`), end the snapshot, or look at the disk",
     "source": render_volumes.MEND_SOURCE,
     "not-offered": "mend what keeps the volume from being offered",
     "verify": "find the files in the log (they are repaired where that was possible); if one is "

@@ -169,6 +169,8 @@ class Overview:
         if isinstance(self._flow, FETCHES):
             for copy in self._fetching.copies.values():
                 found |= self._copy_alarms(copy)
+            hung = self._fetching.proving.hung()
+            found |= {f"volume-hangs {name}": words for name, words in hung.items()}
         for name, over in self._quarantines.over.items():
             found[f"quarantine-full {name}"] = f"volume {name}: its quarantine {over}"
         if isinstance(self._flow, Offer):

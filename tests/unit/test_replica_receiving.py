@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +64,8 @@ class Source:
         self.after_freeze: dict[str, Published] = {}
         self.troubles: list[Exception] = []
         self.lacks: list[str] = []
+        self.hangs: list[str] = []
+        self.asked: list[tuple[str, list[str]]] = []
         self.states: list[State] = []
         self.facts = FACTS
         self.careful = False
@@ -94,6 +96,13 @@ class Source:
 
     def lacking(self) -> str:
         return self.lacks.pop(0) if self.lacks else ""
+
+    async def unwritable(self, uuids: Iterable[str], *, durable: bool) -> str:
+        self.asked.append(("durable" if durable else "", [*uuids]))
+        return self.hangs.pop(0) if self.hangs else ""
+
+    async def look_for_hangs(self, uuids: Iterable[str]) -> None:
+        self.asked.append(("after it", [*uuids]))
 
     async def make(self, uuid: str, reason: Reason) -> bool:
         self.done.append(f"{reason.kind} {UUIDS.index(uuid)}{' careful' if self.careful else ''}")
@@ -256,6 +265,46 @@ def test_who_knows_of_no_volume_yet_is_not_near() -> None:
     source.lacks = ["volume data has no copy"] * MAX_FAILURES
     found = receive(source, APPROACH)
     assert isinstance(found, PresyncChanged) and found.failed == "volume data has no copy"
+
+
+def test_each_volume_must_take_a_write_before_the_first_pass_and_after_the_last() -> None:
+    source = Source(*UUIDS)
+    assert receive(source, APPROACH) == PresyncChanged(NEXT, True)
+    assert source.asked == [("", [*UUIDS]), ("durable", [*UUIDS])]
+    for fits in (0, 1):
+        source.hangs = [""] * fits + ["volume v1: a write to it hangs"]
+        found = receive(source, APPROACH)
+        assert found == PresyncChanged(NEXT, False, "volume v1: a write to it hangs")
+
+
+async def _never(uuid: str, _: object, __: object = None) -> bool:
+    return await asyncio.Event().wait()
+
+
+def test_a_pass_that_hangs_in_its_volume_ends_the_approach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving_module, "HANGS_AFTER_S", 0.01)
+    source = Source(*UUIDS)
+    source.schedule.make = _never
+    source.hangs = ["", "", "volume v0: a write to it hangs"]
+    found = receive(source, APPROACH)
+    assert found == PresyncChanged(NEXT, False, "volume v0: a write to it hangs")
+    assert [durable for durable, _ in source.asked] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("hangs", "why"),
+    [
+        ("make", "volume v0: its last pass has not ended"),
+        ("compare", "volume v0: the comparison with the giver's has not ended"),
+    ],
+)
+def test_what_is_not_proved_in_time_is_named(hangs: str, why: str) -> None:
+    source = frozen()
+    where = source.schedule if hangs == "make" else source
+    setattr(where, hangs, _never)
+    found = receive(source, FINISH, max_stall_ms=50)
+    assert found == FinalChanged(NEXT, False, f"not proved within 0.1 s of freeze: {why}")
+    assert source.asked == [("after it", [UUIDS[0]])]
 
 
 def test_nothing_is_proved_while_a_volume_has_no_copy() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from nfsha.replica.rsync.deletions import DeleteLimits
 from nfsha.replica.source.listing import Listing
 from nfsha.replica.volume import volumes
 from nfsha.replica.volume.facts import VolumeFacts
+from nfsha.replica.volume.writable import Writable
 
 
 class Proving:
@@ -37,6 +39,7 @@ class Proving:
         self._desk = desk
         self._finding = finding
         self._passing = passing
+        self._writable = Writable(lambda: desk.clocks.now_ms() / 1000)
 
     async def list_ahead(self) -> Listing | str:
         """What `look_ahead` goes by, of all volumes; or why it cannot be had."""
@@ -117,6 +120,24 @@ class Proving:
             if not bad and pair.uuid not in self._desk.copies
         ]
         return "; ".join(bad) or ("" if pairs else "there is no volume to copy")
+
+    async def unwritable(self, uuids: Iterable[str], *, durable: bool) -> str:
+        """Says which of these volumes take no write now, and why; "" when all do.
+
+        `durable`: none that comes to the disk. One that is not mounted here is not asked: other
+        guards tell of it.
+        """
+        by_uuid = self._desk.inventory.by_uuid
+        here = [one for uuid in tuple(uuids) if (one := by_uuid(uuid)) is not None]
+        return await self._writable.lacking(here, durable=durable)
+
+    async def look_for_hangs(self, uuids: Iterable[str]) -> None:
+        """Asks these volumes; what hangs `hung` tells from then on."""
+        await self.unwritable(uuids, durable=False)
+
+    def hung(self) -> dict[str, str]:
+        """The volumes, by name, that a write was seen to hang in, and still does."""
+        return self._writable.hung()
 
     async def vouch(self, uuid: str, epoch: Epoch, listing: Listing) -> str:
         """Says why a copy is not known to be all that the source has, or "".

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged
 from nfsha.core.replication import Approach, Finish, Flow
@@ -37,6 +37,13 @@ RETRY_AFTER_S = 1.0
 """So long after a failed one comes the next. A giver that has only just taken over offers its
 volumes a moment later, and one whose rsync daemon died has another within 5 s.
 """
+
+HANGS_AFTER_S = 10.0
+"""A pass that has not ended by then may hang in a dead disk: its volume is asked, again and again.
+"""
+
+FINISH_SHARE = 0.95
+"""Of the time that the frozen part may take: what is late is named just before all of it ends."""
 
 
 class FarError(Exception):
@@ -69,6 +76,8 @@ class Receiving:
         self._watch = watch
         self._step: Approach | Finish | None = None
         self._task: asyncio.Task[None] | None = None
+        self._awaited: dict[str, str] = {}
+        """What the frozen part waits for, of each volume."""
         self.tally = Tally()
         """What this handover, or the last one, has done."""
 
@@ -126,6 +135,7 @@ class Receiving:
             raise FarError(stuck)
         self._fetching.begin(step.epoch)
         self._fetching.schedule.hold()
+        await self._require_writable(self._fetching.copies)
         # What is urgent (nobody is served there any more) does with what the journals name.
         self._fetching.careful = not step.urgent
         near = Convergence(self._max_stall_ms)
@@ -140,10 +150,16 @@ class Receiving:
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue
             if near.near and walked >= self._fetching.copies.keys():
+                await self._require_writable(self._fetching.copies, durable=True)
                 return
             if near.hopeless:
                 break
         raise FarError(near.sentence())
+
+    async def _require_writable(self, uuids: Iterable[str], *, durable: bool = False) -> None:
+        """FarError unless each of these volumes takes a write: a pass may have none to make."""
+        if lacking := await self._fetching.proving.unwritable(uuids, durable=durable):
+            raise FarError(lacking)
 
     async def _round_near(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
         """One round of passes while the giver serves; returns what went wrong, or "".
@@ -215,11 +231,7 @@ class Receiving:
 
     async def _passes_of(self, kinds: Mapping[str, Kind]) -> str:
         """One pass of each volume; returns what went wrong, or "". FarError for what will not."""
-        schedule = self._fetching.schedule
-        came = await asyncio.gather(
-            *(schedule.make(uuid, Reason(Cause.COMMAND, kind)) for uuid, kind in kinds.items())
-        )
-        for uuid, done in zip(kinds, came, strict=True):
+        for uuid, done in (await self._made(kinds)).items():
             copy = self._fetching.copies.get(uuid)
             if copy is None or not done:
                 return f"volume {self._name_of(uuid)}: its pass was broken off"
@@ -229,9 +241,45 @@ class Receiving:
                 return f"volume {self._name_of(uuid)}: {copy.why}"
         return ""
 
+    async def _made(self, kinds: Mapping[str, Kind]) -> dict[str, bool]:
+        """Waits for a pass of each volume. FarError for a volume in which it hangs."""
+        schedule = self._fetching.schedule
+        making = {
+            uuid: asyncio.ensure_future(schedule.make(uuid, Reason(Cause.COMMAND, kind)))
+            for uuid, kind in kinds.items()
+        }
+        try:
+            while left := [uuid for uuid, one in making.items() if not one.done()]:
+                self._awaited = dict.fromkeys(left, "its last pass has not ended")
+                waited = [making[uuid] for uuid in left]
+                done, _ = await asyncio.wait(waited, timeout=HANGS_AFTER_S)
+                if not done:
+                    await self._require_writable(left)
+        finally:
+            for one in making.values():
+                one.cancel()
+        return {uuid: one.result() for uuid, one in making.items()}
+
     # ------------------------------------------------------------- equal
 
     async def _finish(self, step: Finish) -> None:
+        """What is late is named: who serves again needs to know where it hung."""
+        limit_s = FINISH_SHARE * 2 * self._max_stall_ms / 1000
+        self._awaited.clear()
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._equal(step)
+        except TimeoutError as error:
+            late = sorted(self._awaited.items())
+            words = "; ".join(f"volume {self._name_of(uuid)}: {what}" for uuid, what in late)
+            if late:  # an alarm tells of a volume that hangs, also when all of this is over
+                self._watch(
+                    asyncio.ensure_future(self._fetching.proving.look_for_hangs(self._awaited))
+                )
+            told = words or "the giver has not told what changed"
+            raise FarError(f"not proved within {limit_s:.1f} s of freeze: {told}") from error
+
+    async def _equal(self, step: Finish) -> None:
         """One fetch for all volumes before the last passes, and one after the proof of them."""
         self._fetching.careful = False  # the proof itself reads all that the last pass looks at
         if lacking := self._fetching.proving.lacking():
@@ -248,6 +296,7 @@ class Receiving:
         trouble = await self._round("last", dict.fromkeys(changed, Kind.ORDINARY), frozen)
         if trouble:
             raise FarError(trouble)
+        self._awaited = dict.fromkeys(changed, "the comparison with the giver's has not ended")
         at_once = asyncio.Semaphore(self._parallel)
         await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
         last = await self._list(step.epoch)
@@ -269,6 +318,7 @@ class Receiving:
         uuid, folders = changed
         async with at_once:
             self._refuse(uuid, await self._fetching.proving.compare(uuid, epoch, folders))
+        del self._awaited[uuid]
 
     def _refuse(self, uuid: str, difference: str) -> None:
         if difference:

@@ -31,6 +31,7 @@ from nfsha.replica.source.dense_lists import DenseLists
 from nfsha.replica.source.fresh import FRESH_WITHIN_S, Coalesced, NotFreshError
 from nfsha.replica.source.source import EpochToken, Source, SourceVolume
 from nfsha.replica.volume import volumes
+from nfsha.replica.volume.aside import Aside, HangsError
 from nfsha.replica.volume.facts import (
     VolumeError,
     VolumeFacts,
@@ -56,11 +57,20 @@ is, for the other volumes' sake. It says itself how old it is (`as_of_ns`), and 
 
 
 SIZES_WITHIN_S = 1.0
+OWN_WITHIN_S = 2.0
+"""So long the identity and the stamp of a volume may take: two small files, mostly only read."""
+
+REST_WITHIN_S = 4.5
+"""Shorter than the decisions wait for the rest (`freeze_limit_ms`): so that it is said what hangs.
+"""
 
 
 def changes_name(uuid: str) -> str:
     """The file of one volume's changed folders in the control module."""
     return f"changes-{uuid}"
+
+
+_Owned = tuple[VolumeFacts, VolumeFacts, tuple[int, int]]
 
 
 class Serving:
@@ -91,6 +101,7 @@ class Serving:
         self.fresh = Coalesced(self._publish)
         """Publishes anew: what changed before it is called is in. Raises NotFreshError."""
         source.fresh = self.fresh
+        self._aside = Aside(lambda: clocks.now_ms() / 1000)
         self._dense = DenseLists(source.public, clocks.now_ms)
         self.epoch: Epoch | None = None
         self.troubles: dict[str, str] = {}
@@ -129,19 +140,9 @@ class Serving:
 
     async def _offer(self, epoch: Epoch) -> None:
         fit: dict[str, VolumeFacts] = {}
-        troubles: dict[str, str] = {}
         marked = False
-        cloned = self._inventory.cloned()
-        for one in self._inventory.here:
-            if one.identity in cloned:
-                names = ", ".join(cloned[one.identity])
-                troubles[one.name] = f"{names} bear one identity: a disk was copied block by block"
-                continue
-            try:
-                ready, written_ns = await asyncio.to_thread(_own, one, epoch)
-            except (VolumeError, OSError) as error:
-                troubles[one.name] = str(error)
-                continue
+        owned, troubles = await self._owned(epoch)
+        for one, ready, written_ns in owned:
             if ready.identity is not None:
                 fit[ready.identity] = ready
                 self._written_ns[ready.identity] = written_ns
@@ -161,6 +162,37 @@ class Serving:
             log.error("the data is not offered: %s", error)
         for uuid, why in self.source.refused.items():
             self.troubles[fit[uuid].name] = why
+
+    async def _owned(self, epoch: Epoch) -> tuple[list[_Owned], dict[str, str]]:
+        """Each volume that is the truth of this epoch: as it was, as it is, when its own files came.
+
+        And what keeps the others from it. One that hangs holds up none of the others.
+        """
+        cloned = self._inventory.cloned()
+        troubles: dict[str, str] = {}
+        owned: list[_Owned] = []
+
+        async def own(one: VolumeFacts) -> None:
+            try:
+                found = await self._aside.run(
+                    one.name, lambda: _own(one, epoch), within_s=OWN_WITHIN_S
+                )
+            except HangsError as error:
+                troubles[one.name] = f"{one.path}: what nfsha writes there hangs: {error}"
+            except (VolumeError, OSError) as error:
+                troubles[one.name] = str(error)
+            else:
+                owned.append((one, *found))
+
+        alone = []
+        for one in self._inventory.here:
+            if one.identity in cloned:
+                names = ", ".join(cloned[one.identity])
+                troubles[one.name] = f"{names} bear one identity: a disk was copied block by block"
+            else:
+                alone.append(one)
+        await asyncio.gather(*(own(one) for one in alone))
+        return owned, troubles
 
     async def _watch(self, fit: Mapping[str, VolumeFacts]) -> None:
         for uuid in self.journals.keys() - fit.keys():
@@ -289,19 +321,38 @@ class Serving:
         """
         if unwatched := self.unwatched():
             return f"no change journal vouches for volume {', '.join(unwatched)}"
+        busy: dict[str, str] = {}
         seen = -1
-        while True:
-            try:
-                for one in self._offered.values():
-                    await asyncio.to_thread(volumes.sync, one)
-            except (VolumeError, OSError) as error:
-                return str(error)
-            await asyncio.gather(*(drain() for drain in self._drains.values()))
-            now = sum(one.counters.events for one in self.journals.values())
-            if now == seen:
-                return ""
-            seen = now
-            await asyncio.sleep(QUIET_S)
+        try:
+            async with asyncio.timeout(REST_WITHIN_S):
+                while (now := await self._settled(busy)) != seen:
+                    seen = now
+                    await asyncio.sleep(QUIET_S)
+        except TimeoutError:
+            late = "; ".join(f"volume {name}: {what}" for name, what in sorted(busy.items()))
+            told = late or "something goes on writing"
+            return f"no rest within {REST_WITHIN_S:g} s: {told}"
+        except (VolumeError, OSError) as error:
+            return str(error)
+        return ""
+
+    async def _settled(self, busy: dict[str, str]) -> int:
+        """Puts all on the disk, and takes what waits in the kernel's queues of changes.
+
+        Returns how many changes there were until now. `busy`: what each volume is waited for.
+        """
+
+        async def settle(one: VolumeFacts, drain: Coalesced | None) -> None:
+            busy[one.name] = "what was written does not come to its disk"
+            await asyncio.to_thread(volumes.sync, one)
+            if drain is not None:
+                busy[one.name] = "its change journal does not answer"
+                await drain()
+            del busy[one.name]
+
+        offered = self._offered.items()
+        await asyncio.gather(*(settle(one, self._drains.get(uuid)) for uuid, one in offered))
+        return sum(one.counters.events for one in self.journals.values())
 
     def unwatched(self) -> list[str]:
         """The volumes that are offered without a change journal: none of them could be proved."""
