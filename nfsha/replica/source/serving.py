@@ -164,7 +164,7 @@ class Serving:
             self.troubles[fit[uuid].name] = why
 
     async def _owned(self, epoch: Epoch) -> tuple[list[_Owned], dict[str, str]]:
-        """Each volume that is the truth of this epoch: as it was, as it is, when its own files came.
+        """Each volume that is the truth: as it was, as it is, and when its own files were written.
 
         And what keeps the others from it. One that hangs holds up none of the others.
         """
