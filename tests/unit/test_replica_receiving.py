@@ -332,6 +332,9 @@ def test_frozen_only_what_changed_is_copied_and_compared_between_two_lists() -> 
     source = frozen()
     assert receive(source, FINISH) == FinalChanged(NEXT, True)
     assert source.done == ["list", "ordinary 0", "compare 0 a", "list", "let go"]
+    assert source.asked == [("", [*UUIDS])]
+    source.hangs = ["volume v1: a write to it hangs"]
+    assert receive(source, FINISH) == FinalChanged(NEXT, False, "volume v1: a write to it hangs")
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,10 @@ class Receiving:
         self._awaited = dict.fromkeys(changed, "the comparison with the giver's has not ended")
         at_once = asyncio.Semaphore(self._parallel)
         await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
-        last = await self._list(step.epoch)
+        # A volume that was not written to in the freeze may hang all the same.
+        self._awaited = dict.fromkeys(volumes, "a write to it, or the giver's list, does not come")
+        _, last = await asyncio.gather(self._require_writable(volumes), self._list(step.epoch))
+        self._awaited.clear()
         alone = [one.name for one in last.facts.volumes if one.identity not in volumes]
         if alone:
             raise FarError(f"the giver has volumes without a copy here: {', '.join(alone)}")
