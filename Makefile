@@ -7,7 +7,7 @@ SEEDS ?= 200
 NODE ?= a
 # Folders that exist by now.
 CODE := nfsha tests $(wildcard scripts/*.py) $(if $(wildcard bench/*.py),bench)
-TESTS := $(wildcard tests/unit tests/sim tests/netns)
+TESTS := $(wildcard tests/unit tests/sim tests/netns tests/vm)
 
 # A hard end: 25 minutes with set-up. ^C reaches pytest, which then takes down what its tests have built.
 PYTEST := timeout --foreground --signal=INT --kill-after=20 1470 $(PYTHON) -m pytest --session-timeout=1420

@@ -59,7 +59,7 @@ allow_starts() {
 }
 
 # Packages whose daemons the next boot would start, in the way of the lab's (and on the network).
-with_daemons=(keepalived mosquitto nfs-ganesha rpcbind)
+with_daemons=(keepalived mosquitto nfs-common nfs-ganesha nfs-kernel-server rpcbind)
 
 # Switches those daemons off, where this very run has installed them: what was there before stays as it was.
 disable_daemons_of() {

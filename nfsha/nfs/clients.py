@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
@@ -50,14 +50,16 @@ class V4ClientFacts:
     """Who uses v4 on a node. `clients` are the first twenty of `count`.
 
     `listed` False: no server here has a list. It is not the kernel's, or that is older than Linux
-    5.3: then only the refusal of v4 can tell. `trouble` says why a list that is there could not be
-    read; `configured`, what would bring v4 back when the server starts next, or why that could not
-    be read.
+    5.3: then only the refusal of v4 can tell. `recovering`: the server started lately, and waits
+    for clients of its former life, which are not in the list before they come back. `trouble` says
+    why a list that is there could not be read; `configured`, what would bring v4 back when the
+    server starts next, or why that could not be read.
     """
 
     listed: bool
     count: int = 0
     clients: tuple[V4Client, ...] = ()
+    recovering: bool = False
     trouble: str = ""
     configured: str = ""
 
@@ -68,6 +70,7 @@ class ServerFiles:
 
     knfsd_threads: Path = knfsd.THREADS
     knfsd_clients: Path = Path("/proc/fs/nfsd/clients")
+    knfsd_grace_ended: Path = Path("/proc/fs/nfsd/v4_end_grace")
     ganesha_conf: Path = ganesha_conf.GANESHA_CONF
 
 
@@ -77,7 +80,7 @@ def read_v4_clients(files: ServerFiles) -> V4ClientFacts:
     Raises nothing. It reads files of /proc and /etc only, but many where there are many clients.
     """
     if knfsd.serves(files.knfsd_threads):
-        return _read_list(files.knfsd_clients)
+        return _read_kernels(files)
     conf = files.ganesha_conf
     if not conf.exists():
         return V4ClientFacts(listed=False)
@@ -87,6 +90,19 @@ def read_v4_clients(files: ServerFiles) -> V4ClientFacts:
         return V4ClientFacts(listed=False, configured=str(error))
     found = f"{conf} does not say Protocols = 3" if speaks else ""
     return V4ClientFacts(listed=False, configured=found)
+
+
+def _read_kernels(files: ServerFiles) -> V4ClientFacts:
+    """First whether all are back, then who is there: one that comes between the two is seen."""
+    try:
+        # "Y" or "N" (fs/nfsd/nfsctl.c, write_v4_end_grace). Where there is a list, it is there.
+        waits = files.knfsd_grace_ended.read_text(encoding="ascii").strip() != "Y"
+    except FileNotFoundError:
+        waits = False
+    except OSError as error:
+        trouble = f"{files.knfsd_grace_ended}: {error.strerror}"
+        return V4ClientFacts(listed=True, trouble=trouble)
+    return replace(_read_list(files.knfsd_clients), recovering=waits)
 
 
 def _read_list(folder: Path) -> V4ClientFacts:
@@ -107,7 +123,7 @@ def _read_list(folder: Path) -> V4ClientFacts:
             continue  # it left meanwhile
         except OSError as error:
             trouble = f"{folder / name}: {error.strerror}"
-            return V4ClientFacts(True, count, tuple(clients), trouble)
+            return V4ClientFacts(True, count, tuple(clients), trouble=trouble)
         count += 1
         if len(clients) < _SHOWN_MAX:
             clients.append(parse_info(info))
@@ -127,11 +143,12 @@ def parse_info(info: bytes) -> V4Client:
 def v4_objections(facts: V4ClientFacts, fence: FenceFacts) -> tuple[Objection, ...]:
     """Says why clients must not be moved off this node (the one that serves now).
 
-    `fence` is the same node's. An empty list of the kernel's server is enough; without a list the
-    server must refuse v4, and go on to do so when it starts next.
+    `fence` is the same node's. An empty list of the kernel's server is enough, once those of its
+    former life are back or can come no more; without a list the server must refuse v4, and go on to
+    do so when it starts next.
     """
     if facts.listed:
-        return _of_list(facts)
+        return _of_list(facts, fence)
     if fence.tcp.version4 is not Version4.REFUSED:
         remedy = "switch v4 off there: this server does not tell whether it has v4 clients"
         said = f"no list of them, and to version 4 the server said: {fence.tcp.said4}"
@@ -142,11 +159,18 @@ def v4_objections(facts: V4ClientFacts, fence: FenceFacts) -> tuple[Objection, .
     return ()
 
 
-def _of_list(facts: V4ClientFacts) -> tuple[Objection, ...]:
+def _of_list(facts: V4ClientFacts, fence: FenceFacts) -> tuple[Objection, ...]:
     what = "NFS v4 clients of the kernel's server"
     if facts.trouble:
         remedy = "without the list nobody knows that there is none: make it readable for root"
         return (Objection(what, facts.trouble, remedy),)
+    if facts.count == 0 and facts.recovering and fence.tcp.version4 is not Version4.REFUSED:
+        said = "none in the list yet, but the server started lately, and waits for those of before"
+        remedy = (
+            "repeat when `cat /proc/fs/nfsd/v4_end_grace` says Y there (by default 90 s after the"
+            " start at most), or switch v4 off"
+        )
+        return (Objection(what, said, remedy),)
     if facts.count == 0:
         return ()
     shown = [f"{one.address} ({one.name}, {one.status})" for one in facts.clients]
@@ -265,6 +289,7 @@ def as_json(facts: V4ClientFacts) -> Document:
             {"address": one.address, "name": one.name, "status": one.status}
             for one in facts.clients
         ],
+        "recovering": facts.recovering,
         "trouble": facts.trouble,
         "configured": facts.configured,
     }
@@ -272,12 +297,13 @@ def as_json(facts: V4ClientFacts) -> Document:
 
 def from_json(document: object) -> V4ClientFacts:
     """Returns the facts that `as_json` made a document of; FactsError for anything else."""
-    names = ("listed", "count", "clients", "trouble", "configured")
+    names = ("listed", "count", "clients", "recovering", "trouble", "configured")
     fields = Fields("facts of v4 clients", document, *names)
     return V4ClientFacts(
         listed=fields.flag("listed"),
         count=fields.number("count", _CLIENTS_MAX),
         clients=fields.each("clients", _SHOWN_MAX, _client_from_json),
+        recovering=fields.flag("recovering"),
         trouble=fields.text("trouble"),
         configured=fields.text("configured"),
     )

@@ -54,7 +54,13 @@ def files(tmp_path: Path) -> ServerFiles:
     """The kernel's server with eight threads and an empty list, and no configuration of ganesha."""
     (tmp_path / "threads").write_text("8\n")
     (tmp_path / "clients").mkdir()
-    return ServerFiles(tmp_path / "threads", tmp_path / "clients", tmp_path / "ganesha.conf")
+    (tmp_path / "v4_end_grace").write_text("Y\n")
+    return ServerFiles(
+        tmp_path / "threads",
+        tmp_path / "clients",
+        tmp_path / "v4_end_grace",
+        tmp_path / "ganesha.conf",
+    )
 
 
 def add(files: ServerFiles, number: int, info: bytes) -> None:
@@ -66,6 +72,32 @@ def test_an_empty_list_is_enough_even_where_v4_is_spoken(files: ServerFiles) -> 
     facts = read_v4_clients(files)
     assert facts == V4ClientFacts(listed=True)
     assert v4_objections(facts, SPOKEN) == ()
+
+
+def test_while_the_server_waits_for_its_clients_an_empty_list_says_nothing(
+    files: ServerFiles,
+) -> None:
+    files.knfsd_grace_ended.write_text("N\n")
+    facts = read_v4_clients(files)
+    assert facts == V4ClientFacts(listed=True, recovering=True)
+    (objection,) = v4_objections(facts, SPOKEN)
+    assert "v4_end_grace" in objection.remedy
+    assert v4_objections(facts, FENCE) == ()  # where v4 is refused none can come back
+    files.knfsd_grace_ended.write_text("Y\n")
+    assert v4_objections(read_v4_clients(files), SPOKEN) == ()
+
+
+def test_who_is_back_is_named_although_others_may_still_come(files: ServerFiles) -> None:
+    files.knfsd_grace_ended.write_text("N\n")
+    add(files, 3, CONFIRMED)
+    (objection,) = v4_objections(read_v4_clients(files), SPOKEN)
+    assert "web.example" in objection.here
+
+
+def test_a_grace_period_that_cannot_be_read_is_no_proof(files: ServerFiles) -> None:
+    files.knfsd_grace_ended.unlink()
+    files.knfsd_grace_ended.mkdir()
+    assert "Is a directory" in v4_objections(read_v4_clients(files), FENCE)[0].here
 
 
 def test_every_client_counts_whatever_its_status(files: ServerFiles) -> None:

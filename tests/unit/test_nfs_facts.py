@@ -25,7 +25,9 @@ from nfsha.nfs.v3_fence import Answers, FenceFacts, Version4
 ANSWERS = Answers("answered", Version4.REFUSED, "version not supported", "answered")
 FENCE = FenceFacts("127.0.0.1", ANSWERS, None, (Registered(100003, 3, "tcp", 2049),), "answered")
 NO_LIST = FenceFacts("10.0.0.1", ANSWERS, ANSWERS, None, "connection refused")
-V4 = V4ClientFacts(True, 21, (V4Client("10.0.0.5:700", "Linux NFSv4.2 web", "confirmed"),))
+V4 = V4ClientFacts(
+    True, 21, (V4Client("10.0.0.5:700", "Linux NFSv4.2 web", "confirmed"),), recovering=True
+)
 EXPORTS = ExportFacts(
     "ganesha",
     (
