@@ -120,7 +120,7 @@ def test_the_kernels_programs_read_the_file_that_we_ship(place: Place) -> None:
     ship(place, "nfs.conf.d/nfsha.conf")
     sections = _sections(place.run("nfsconf", "--dump").stdout)
     assert sections["nfsd"] == {
-        "port": "2049", "vers3": "y", "vers4": "n", "tcp": "y", "udp": "n", "rdma": "n"
+        "port": "2049", "vers3": "y", "vers4": "n", "tcp": "y", "udp": "n"
     }  # fmt: skip
     assert sections["mountd"]["port"] == str(PORTS["mountd"])
     assert sections["statd"] == {"port": str(PORTS["statd"]), "outgoing-port": str(OUTGOING_PORT)}
