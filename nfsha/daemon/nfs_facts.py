@@ -249,7 +249,7 @@ class NfsFacts:
         settings = self._settings
         await self._look_at_volumes()
         found, held, seen, rsync = await asyncio.gather(
-            self._looker.look(self._roots()),
+            self._looker.look(self._roots(), whole=whole),
             self._held(),
             self._seen(whole=whole),
             self._rsync(whole=whole),

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -102,36 +102,32 @@ class ServerFiles:
 
 
 async def read_exports(
-    address: str, mountd_port: int, files: ServerFiles, *, timeout_ms: int
+    address: str, mountd_port: int, files: ServerFiles, *, timeout_ms: int, handles: bool
 ) -> ExportFacts:
     """Asks mountd at an address of this node, and reads the files. Raises nothing.
 
-    Use an address that the exports allow as a client, else the server gives no handles.
+    Use an address that the exports allow as a client, else the server gives no handles. `handles`
+    False: it is not asked for them. mountd logs that question twice for each export.
     """
     server, configured, unread = await asyncio.to_thread(_read_files, files)
     with contextlib.closing(RpcConnection(address, mountd_port)) as connection:
         listed = await mountd.export_list(connection, timeout_ms=timeout_ms)
         if isinstance(listed, str):
             return ExportFacts(server, (), listed, unread)
-        found = [await _look(connection, one, configured, timeout_ms=timeout_ms) for one in listed]
+        found = [_export(one, configured) for one in listed]
+        if handles:
+            found = [await _with_handle(connection, one, timeout_ms) for one in found]
     return ExportFacts(server, tuple(found), "", unread)
 
 
-async def _look(
-    connection: RpcConnection,
-    listed: Listed,
-    configured: Mapping[str, Configured],
-    *,
-    timeout_ms: int,
-) -> Export:
-    handle, why = await mountd.root_handle(connection, listed.path, timeout_ms=timeout_ms)
-    return Export(
-        path=listed.path,
-        clients=listed.clients,
-        configured=configured.get(listed.path),
-        root_handle=None if handle is None else handle.hex(),
-        no_handle=why,
-    )
+def _export(listed: Listed, configured: Mapping[str, Configured]) -> Export:
+    path = listed.path
+    return Export(path, listed.clients, configured.get(path), None, "not asked for")
+
+
+async def _with_handle(connection: RpcConnection, export: Export, timeout_ms: int) -> Export:
+    handle, why = await mountd.root_handle(connection, export.path, timeout_ms=timeout_ms)
+    return replace(export, root_handle=None if handle is None else handle.hex(), no_handle=why)
 
 
 def _read_files(files: ServerFiles) -> tuple[str, dict[str, Configured], str]:

@@ -80,28 +80,32 @@ class Looker:
         self._where = where
         self._stuck: threading.Thread | None = None
 
-    async def look(self, roots: Sequence[Root]) -> Served:
-        """Takes some `PART_WITHIN_S` at most. Raises nothing."""
+    async def look(self, roots: Sequence[Root], *, whole: bool) -> Served:
+        """Takes some `PART_WITHIN_S` at most. Raises nothing.
+
+        `whole`: with the handles of the exports' roots, which mountd logs that it was asked for.
+        """
         where = self._where
         fence, exported, v4, (strays, count, unlisted), handles = await asyncio.gather(
             _within(
                 v3_fence.prove(where.check_address, where.ports, timeout_ms=where.timeout_ms),
                 _no_fence(where.check_address),
             ),
-            _within(self._exports(), ExportFacts(UNKNOWN, (), _LATE)),
+            _within(self._exports(handles=whole), ExportFacts(UNKNOWN, (), _LATE)),
             asyncio.to_thread(clients.read_v4_clients, clients.ServerFiles()),
             asyncio.to_thread(self._strays),
             self._handles(roots),
         )
         return Served(fence, exported, v4, strays, count, unlisted, handles)
 
-    async def _exports(self) -> ExportFacts:
+    async def _exports(self, *, handles: bool) -> ExportFacts:
         where = self._where
         return await exports.read_exports(
             where.own_address,
             where.ports["mountd"],
             exports.ServerFiles(),
             timeout_ms=where.timeout_ms,
+            handles=handles,
         )
 
     def _strays(self) -> tuple[tuple[Stray, ...], int, str]:

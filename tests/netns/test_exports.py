@@ -26,7 +26,9 @@ _READ = """
 import asyncio, json, sys
 from nfsha.nfs import exports
 facts = asyncio.run(
-    exports.read_exports(sys.argv[1], 20048, exports.ServerFiles(), timeout_ms=5000)
+    exports.read_exports(
+        sys.argv[1], 20048, exports.ServerFiles(), timeout_ms=5000, handles=True
+    )
 )
 print(json.dumps(exports.as_json(facts)))
 """

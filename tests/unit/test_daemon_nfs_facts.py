@@ -128,7 +128,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def __init__(self, _where: object) -> None:
             pass
 
-        async def look(self, roots: Sequence[Root]) -> Served:
+        async def look(self, roots: Sequence[Root], *, whole: bool) -> Served:
             assert roots == []
             return SERVED
 

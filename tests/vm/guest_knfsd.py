@@ -11,7 +11,9 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,27 @@ def _until(what: str, true: Callable[[], bool]) -> None:
 def _end(holder: subprocess.Popen[str]) -> None:
     holder.kill()
     holder.wait()
+
+
+class Syslog:
+    """What the daemons log: nobody else takes it here."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("/dev/log")
+        self._lines: list[str] = []
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def _take(self) -> None:
+        while True:
+            self._lines.append(self._socket.recv(8192).decode(errors="replace"))
+
+    def of(self, program: str) -> list[str]:
+        """The lines of one program, after a mark of ours has come through behind them."""
+        mark = f"mark {time.monotonic_ns()}"
+        _run("logger", "--socket", "/dev/log", mark)
+        _until("the mark in the log", lambda: any(mark in line for line in self._lines))
+        return [line for line in list(self._lines) if f" {program}[" in line]
 
 
 # --- the client ----------------------------------------------------------------------------------
@@ -212,10 +235,14 @@ def _clients() -> list[str]:
 # --- stage after stage ---------------------------------------------------------------------------
 
 
-def _with_v3(client: Client) -> dict[str, Any]:
+def _with_v3(client: Client, syslog: Syslog) -> dict[str, Any]:
     """The configuration that nfsha ships is in place."""
     results: dict[str, Any] = {"started": _start_server(), "listening": _listening()}
+    before = len(syslog.of("rpc.mountd"))
+    results["not asked"] = look(whole=False)
+    results["logged when not asked"] = syslog.of("rpc.mountd")[before:]
     results["v3 only"] = look()
+    results["logged when asked"] = syslog.of("rpc.mountd")[before:]
     results["v4 mount"] = client.mount("refused", VIPS[0], "vers=4.2", check=False)
     client.mount("v3", VIPS[0], "vers=3")
     client.mount("stray", OWN_ADDRESS, "vers=3,nolock")
@@ -279,7 +306,7 @@ def main() -> None:
     _bring_up()
     client = Client()
     _join_the_lan()
-    results = _with_v3(client) | _with_v4(client)
+    results = _with_v3(client, Syslog()) | _with_v4(client)
     (_RESULTS / "stages.json").write_text(json.dumps(results))
     _become_systemd()
 

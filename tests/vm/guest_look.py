@@ -28,12 +28,15 @@ PORTS: Final = {"rpcbind": 111, "nfs": 2049, "mountd": 20048, "statd": 20049, "l
 _TIMEOUT_MS: Final = 3000
 
 
-def look() -> dict[str, Any]:
-    """What goes to the other node, the health that decides, and who is known to hold locks."""
-    return asyncio.run(_look())
+def look(*, whole: bool = True) -> dict[str, Any]:
+    """What goes to the other node, the health that decides, and who is known to hold locks.
+
+    `whole`: as when somebody asks; else as every half minute.
+    """
+    return asyncio.run(_look(whole=whole))
 
 
-async def _look() -> dict[str, Any]:
+async def _look(*, whole: bool) -> dict[str, Any]:
     where = Where(
         check_address="127.0.0.1",
         own_address=OWN_ADDRESS,
@@ -44,7 +47,7 @@ async def _look() -> dict[str, Any]:
     )
     roots = [Root(path.name, path, (NFSHA_FILE,)) for path in (VOLUME, OPEN_VOLUME)]
     return {
-        "served": served.as_json(await Looker(where).look(roots)),
+        "served": served.as_json(await Looker(where).look(roots, whole=whole)),
         "health": await _health(),
         "lock_holders": statd.read(),
     }

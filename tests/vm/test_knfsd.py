@@ -7,7 +7,7 @@ read at each is judged here, as the other node would judge it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,15 @@ def test_exports_are_read_from_mountd_and_the_servers_own_table(machine: Machine
     assert words.configured.fsid == "fsid=8"
     assert "ro," in words.configured.options[0]
     assert exports.differences(found, found) == ()
+
+
+def test_mountd_has_nothing_to_log_while_nobody_asks(machine: Machine) -> None:
+    """It logs who asks for a handle: nfsha looks each half minute, at each export."""
+    assert machine.said["logged when not asked"] == []
+    assert "mount request" in machine.said["logged when asked"][0]
+    often, asked = machine.at("not asked").facts, machine.at("v3 only").facts
+    assert {one.no_handle for one in often.exports.exports} == {"not asked for"}
+    assert replace(often, exports=asked.exports) == asked
 
 
 def test_a_root_handle_is_the_fsid(machine: Machine) -> None:
