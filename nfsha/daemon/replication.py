@@ -111,6 +111,14 @@ class Replication:
         """Waits until nothing writes any more, all on the disk; returns why not, or ""."""
         return await self.replicator.come_to_rest() if self.replicator is not None else ""
 
+    def hurry(self) -> None:
+        """This daemon is about to stop for good: who fetches the last changes leaves out the rest.
+
+        Until the end of this process.
+        """
+        if self.replicator is not None:
+            self.replicator.serving.leaving = True
+
     # ------------------------------------------------------------- facts, both ways
 
     def _report(self, changed: ReplicaChanged | PresyncChanged | FinalChanged) -> None:

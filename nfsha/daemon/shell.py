@@ -238,6 +238,7 @@ class Shell:
         if engine.state.phase not in GIVING_PHASES | {Phase.ACTIVE}:
             return
         asked_ms = self.world.clock_ms()
+        self.world.replication.hurry()
         if handover.under_way(engine.state, asked_ms):
             log.info("waits for the handover that is under way before it stops")
         else:

@@ -21,9 +21,6 @@ from tests.netns.test_handover import (
 
 pytestmark = pytest.mark.timeout(120)
 
-LONG = SELDOM + '[handover]\nmax_stall = "60s"\n'
-"""Longer than shipped: a large file crosses over as a whole, and the machine may be busy."""
-
 A_LONG_WHILE_S = 240
 
 FOLDERS = 100
@@ -59,7 +56,7 @@ def test_home_after_a_crash_with_many_files_and_a_large_one_that_grows(
     record_property: Callable[[str, object], None],
 ) -> None:
     lab = make_lab(volume_mib=5 * mib + count // 50, inodes=4 * count)
-    copies = Copies(lab, sync=LONG)
+    copies = Copies(lab, sync=SELDOM)
     copies.settle_whole()
     make_files(copies.here("a"), range(count // 2), b"of the primary")
     with (copies.here("a") / "large").open("wb") as file:

@@ -49,6 +49,12 @@ class Copy:
     compared: tuple[Epoch, int] | None = None
     """All that had changed in an epoch until then (by this node's clock, in milliseconds) was
     compared by content."""
+    large: tuple[tuple[bytes, int], ...] = ()
+    """The large files that the last pass brought, and their sizes, the largest first."""
+    spares: dict[bytes, int] = field(default_factory=dict)
+    """Large files with a spare copy for the next pass, and its size."""
+    looked_ms: int | None = None
+    """What looking for what differs took of the last pass."""
     full_walks: Counter[str] = field(default_factory=Counter)
     missed_by_journal: int = 0
     verified_ns: int | None = None

@@ -56,6 +56,8 @@ class Desk:
         self.epoch: Epoch | None = None
         self.careful = False
         """Passes of listed folders compare by content: in a handover, until clients are held."""
+        self.thorough = False
+        """A full walk is followed by a comparison by content of what changed since the takeover."""
         self.pressing = False
         """Clients wait for what runs: it competes with everything else on equal terms."""
         self.listed: Listing | None = None
@@ -98,6 +100,11 @@ class Desk:
         self.say(copy, f"volume {self.name_of(copy.uuid)}: the pass failed: {why}")
         copy.rest(State.FAILED, why)
         self.retry(copy.uuid, copy.attempts)
+
+    def limit_of(self, uuid: str) -> int | None:
+        """The limit for the passes of this volume now, in KiB a second; None: none."""
+        here = self.inventory.by_uuid(uuid)
+        return None if here is None else self.bandwidth(here)
 
     def bandwidth(self, here: VolumeFacts) -> int | None:
         """The limit for this volume now."""

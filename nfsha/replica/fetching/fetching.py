@@ -20,6 +20,7 @@ from nfsha.replica.fetching.guards import TROUBLES, RefusedError
 from nfsha.replica.fetching.passing import Passing
 from nfsha.replica.fetching.proving import Proving
 from nfsha.replica.fetching.schedule import Cause, Kind, Plan, Reason, Schedule
+from nfsha.replica.fetching.sparing import Sparing
 from nfsha.replica.fetching.verifying import Verifying
 from nfsha.replica.rsync.arguments import From
 from nfsha.replica.volume.inventory import Inventory
@@ -59,6 +60,7 @@ class Fetching(Desk):
         self._passing = Passing(self, self.finding)
         self._verifying = Verifying(self, self.finding, self._passing)
         self.proving = Proving(self, self.finding, self._passing)
+        self.sparing = Sparing(self)
 
     # ------------------------------------------------------------- who may run
 
@@ -179,7 +181,7 @@ class Fetching(Desk):
                 return
             copy.state, copy.why = State.RUNNING, "a full walk"
         await self._passing.make(copy, epoch, reason)
-        if self.careful and reason.kind is Kind.FULL and copy.state is State.IDLE:
+        if self.thorough and reason.kind is Kind.FULL and copy.state is State.IDLE:
             await self._verifying.compare_changed(copy, epoch)
 
     async def _verify(self, copy: Copy, epoch: Epoch) -> None:

@@ -66,7 +66,9 @@ class Passing:
             is_replica=not resync,
             checksum=self._desk.careful and folders is not None,
             priority=Priority.NORMAL if self._desk.pressing else Priority.LOW,
+            spares=copy.spares,
         )
+        copy.spares = {}
         if resync and here.empty:
             dense = await asyncio.to_thread(_dense, copy.uuid, found)
             log.info("volume %s: %d large files without holes", here.name, len(dense.files))
@@ -81,6 +83,7 @@ class Passing:
                 outcome = await self._settle_unreplicated(copy, found, entry, outcome)
             kept = await self._desk.under_way.write(Quarantine(found.root_fd).finish, entry)
         self._count(copy, outcome, kept)
+        copy.large, copy.looked_ms = outcome.large, round(outcome.looked_s * 1000)
         if outcome.verdict is not Verdict.COMPLETE:
             self._not_completed(copy, outcome)
             return

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 
 from nfsha.replica.files.beneath import shown
 
-FROZEN_SHARE = 2
-"""What clients wait for is reckoned as so many of the last rounds: the last pass, and its proof,
-which reads the same files once more."""
-
 SHRINKS_BY = 0.8
 """A round that takes more than this share of the one before does not come nearer."""
 
@@ -33,6 +29,17 @@ class Took:
 
     duration_ms: int
     folders: tuple[bytes, ...]
+    brought_bytes: int = 0
+    """The sizes of the files that it brought."""
+    largest: tuple[bytes, int] | None = None
+    """The largest of these, where it is a large one."""
+    limit_kib_s: int | None = None
+    """What `sync.bandwidth` allows it."""
+
+    @property
+    def rate_bytes_s(self) -> int:
+        """How fast it brought them, all that a pass does included."""
+        return self.brought_bytes * 1000 // max(1, self.duration_ms)
 
 
 class Convergence:
@@ -44,13 +51,17 @@ class Convergence:
         self._before_ms: int | None = None
         self._folders: dict[str, Counter[bytes]] = {}
         self._slowest = ""
+        self._took: Took | None = None
+        self._within_ms = 0
+        self._began_ms: int | None = None
         self.rounds = 0
         self.last_ms = 0
+        self.proof_ms = 0
 
     @property
     def predicted_ms(self) -> int:
-        """How long clients would be held if the freeze came now."""
-        return self.last_ms * FROZEN_SHARE
+        """How long clients would be held if the freeze came now: the last pass, and its proof."""
+        return self.last_ms + self.proof_ms
 
     @property
     def near(self) -> bool:
@@ -62,17 +73,32 @@ class Convergence:
         """Whether it comes no nearer."""
         return self._far >= PATIENCE
 
-    def add(self, took_ms: int, volumes: Mapping[str, Took]) -> None:
-        """Takes one round, and the passes that it was made of by the volume's name."""
+    def add(
+        self,
+        took_ms: int,
+        volumes: Mapping[str, Took],
+        *,
+        proof_ms: int | None = None,
+        began_ms: int = 0,
+    ) -> None:
+        """Takes one round, and the passes that it was made of by the volume's name.
+
+        `proof_ms`: what it took of the round to look for what differs, by content, as the proof
+        does; None where that is not known: then as long as all of it.
+        """
         if self._before_ms is not None and took_ms >= self._before_ms * SHRINKS_BY:
             self._far += 1
         else:
             self._far = 0
         self.rounds += 1
         self._before_ms = self.last_ms = took_ms
+        self.proof_ms = took_ms if proof_ms is None else min(proof_ms, took_ms)
+        self._within_ms = began_ms - self._began_ms if self._began_ms is not None else 0
+        self._began_ms = began_ms
         for name, one in volumes.items():
             self._count(self._folders.setdefault(name, Counter()), one.folders)
         self._slowest = max(volumes, key=lambda name: volumes[name].duration_ms, default="")
+        self._took = volumes.get(self._slowest)
 
     def sentence(self) -> str:
         """Why it cannot come near, and what writes too fast."""
@@ -83,17 +109,35 @@ class Convergence:
         )
 
     def _who(self) -> str:
-        if not self._slowest:
+        if self._took is None:
             return "Nothing was written meanwhile: the link or the other node is too slow"
         busiest = self._folders[self._slowest].most_common(FOLDERS_SHOWN)
         names = ", ".join(shown(folder) for folder, _ in busiest)
         return (
-            f"Volume {self._slowest} is written too fast, in the folders {names}: stop what writes "
-            "there, or raise handover.max_stall"
+            f"Volume {self._slowest} is written too fast, in the folders {names}: "
+            f"{self._rates(self._took)}. Stop what writes there, or raise handover.max_stall"
         )
+
+    def _rates(self, took: Took) -> str:
+        within = f" within {self._within_ms / 1000:.1f} s" if self._within_ms else ""
+        words = f"files of {_size(took.brought_bytes)} changed{within}"
+        words += f", and a pass brings {_size(took.rate_bytes_s)}/s of them"
+        if took.limit_kib_s is not None:
+            words += f" (sync.bandwidth allows {_size(took.limit_kib_s * 1024)}/s)"
+        if took.largest is not None:
+            name, size = took.largest
+            words += f"; {shown(name)} alone has {_size(size)}, and is read as a whole"
+        return words
 
     @staticmethod
     def _count(counted: Counter[bytes], folders: Iterable[bytes]) -> None:
         for folder in folders:
             if folder in counted or len(counted) < MAX_FOLDERS:
                 counted[folder] += 1
+
+
+def _size(count: int) -> str:
+    for unit, one in (("GB", 10**9), ("MB", 10**6)):
+        if count >= one:
+            return f"{count / one:.1f} {unit}"
+    return f"{count / 1000:.0f} kB"

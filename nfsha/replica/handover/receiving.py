@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged
-from nfsha.core.replication import Approach, Finish, Flow
+from nfsha.core.replication import Approach, Fetch, Finish, Flow
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.fetching.copying import State
 from nfsha.replica.fetching.fetching import Fetching
@@ -75,6 +75,7 @@ class Receiving:
         self._report = report
         self._watch = watch
         self._step: Approach | Finish | None = None
+        self._hurries = False
         self._task: asyncio.Task[None] | None = None
         self._awaited: dict[str, str] = {}
         """What the frozen part waits for, of each volume."""
@@ -87,9 +88,14 @@ class Receiving:
         if step == self._step:
             return
         before, self._step = self._step, step
-        self._fetching.pressing = isinstance(step, Finish) or (step is not None and step.urgent)
-        both = isinstance(step, Approach) and isinstance(before, Approach)
-        if both and step is not None and before is not None and step.handover == before.handover:
+        goes_on = (
+            isinstance(step, Approach)
+            and isinstance(before, Approach)
+            and step.handover == before.handover
+        )
+        hurries = isinstance(step, Approach) and (step.urgent or (goes_on and self._hurries))
+        self._fetching.pressing = hurries or isinstance(step, Finish)
+        if goes_on:
             return  # near enough: what runs goes on
         if self._task is not None:
             self._task.cancel()
@@ -100,7 +106,16 @@ class Receiving:
             self._run(self._finish(step), FinalChanged, step.handover)
         else:
             self._fetching.tally = None
-            self._fetching.careful = False
+            self._fetching.careful = self._fetching.thorough = False
+            if isinstance(flow, Fetch):  # it came to nothing, and this node stays a copy
+                self._watch(asyncio.ensure_future(self._go_on()))
+            else:
+                self._fetching.schedule.let_go()
+
+    async def _go_on(self) -> None:
+        """Ordinary passes come again, once the spares of the handover are gone."""
+        await self._fetching.sparing.drop()
+        if self._step is None:
             self._fetching.schedule.let_go()
 
     def _run(
@@ -137,7 +152,8 @@ class Receiving:
         self._fetching.schedule.hold()
         await self._require_writable(self._fetching.copies)
         # What is urgent (nobody is served there any more) does with what the journals name.
-        self._fetching.careful = not step.urgent
+        self._fetching.careful = self._fetching.thorough = not step.urgent
+        self._hurries = False
         near = Convergence(self._max_stall_ms)
         walked = set(self._fetching.copies) if step.urgent else set[str]()
         failures = 0
@@ -149,11 +165,12 @@ class Receiving:
             if trouble:
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue
+            if near.hopeless and not near.near:
+                break
+            await self._spare()
             if near.near and walked >= self._fetching.copies.keys():
                 await self._require_writable(self._fetching.copies, durable=True)
                 return
-            if near.hopeless:
-                break
         raise FarError(near.sentence())
 
     async def _require_writable(self, uuids: Iterable[str], *, durable: bool = False) -> None:
@@ -171,10 +188,41 @@ class Receiving:
             return lacking
         if not (left := self._fetching.copies.keys() - walked):
             return await self._round_of_changes(epoch, near, walked)
+        if not self._hurries:
+            try:
+                facts = (await self._fetching.finding.list_all(epoch)).facts
+            except (RefusedError, *TROUBLES) as error:
+                return str(error)
+            if facts.leaving:
+                self._hurry()
+                walked |= left
+                return ""
         trouble = await self._round("full", dict.fromkeys(sorted(left), Kind.FULL))
         if not trouble:
             walked |= left
         return trouble
+
+    def _hurry(self) -> None:
+        """The giver is about to stop for good.
+
+        It will not wait for a walk and a comparison of all that changed since the takeover, and
+        would release without the last writes. Without these a copy is as good as it is for a
+        takeover, and has the last writes too: what the giver's journal names is copied by content,
+        and proved as ever. Where the journal does not vouch there is a walk all the same.
+        """
+        log.warning(
+            "the other node is about to stop: what its change journals name is copied, without a "
+            "walk and a comparison by content of all that changed since the takeover"
+        )
+        self._hurries = True
+        self._fetching.thorough = False
+        self._fetching.pressing = True
+
+    async def _spare(self) -> None:
+        """The large files that changed get a spare: their last pass takes a fraction then."""
+        if self._fetching.careful:
+            for uuid in tuple(self._fetching.copies):
+                await self._fetching.sparing.make(uuid)
 
     async def _round_of_changes(self, epoch: Epoch, near: Convergence, walked: set[str]) -> str:
         began_ms = self._clocks.now_ms()
@@ -182,6 +230,7 @@ class Receiving:
             listing = await self._fetching.finding.list_all(epoch)
         except (RefusedError, *TROUBLES) as error:
             return str(error)
+        listed_ms = self._clocks.now_ms() - began_ms
         changed: dict[str, tuple[bytes, ...]] = {}
         for uuid in self._fetching.copies:
             folders, why = self._since_last_pass(uuid, epoch, listing)
@@ -194,14 +243,36 @@ class Receiving:
             return ""
         trouble = await self._round("changes", dict.fromkeys(changed, Kind.ORDINARY), listing)
         if not trouble:
-            marks = self._marks()
-            took = {
-                self._name_of(uuid): Took(marks[uuid].duration_ms, folders)
-                for uuid, folders in changed.items()
-                if uuid in marks
-            }
-            near.add(self._clocks.now_ms() - began_ms, took)
+            near.add(
+                self._clocks.now_ms() - began_ms,
+                self._took(changed),
+                proof_ms=self._proof_ms(listed_ms, changed),
+                began_ms=began_ms,
+            )
         return trouble
+
+    def _took(self, changed: Mapping[str, tuple[bytes, ...]]) -> dict[str, Took]:
+        marks, found = self._marks(), {}
+        for uuid, folders in changed.items():
+            mark, copy = marks.get(uuid), self._fetching.copies.get(uuid)
+            if mark is not None and copy is not None:
+                largest = copy.large[0] if copy.large else None
+                limit_kib_s = self._fetching.limit_of(uuid)
+                found[self._name_of(uuid)] = Took(
+                    mark.duration_ms, folders, mark.transferred_bytes, largest, limit_kib_s
+                )
+        return found
+
+    def _proof_ms(self, listed_ms: int, uuids: Iterable[str]) -> int | None:
+        """What the proof will take: it lists, and looks by content, as this round has done.
+
+        None where a pass did not look by content.
+        """
+        looks = [self._fetching.copies[uuid].looked_ms for uuid in uuids]
+        known = [one for one in looks if one is not None]
+        if not self._fetching.careful or len(known) < len(looks):
+            return None
+        return listed_ms + max(*known, sum(known) // self._parallel, 0)
 
     def _since_last_pass(
         self, uuid: str, epoch: Epoch, listing: Listing
@@ -281,7 +352,9 @@ class Receiving:
 
     async def _equal(self, step: Finish) -> None:
         """One fetch for all volumes before the last passes, and one after the proof of them."""
-        self._fetching.careful = False  # the proof itself reads all that the last pass looks at
+        self._fetching.careful = self._fetching.thorough = (
+            False  # the proof itself reads all that the last pass looks at
+        )
         if lacking := self._fetching.proving.lacking():
             raise FarError(lacking)
         volumes = tuple(self._fetching.copies)
@@ -298,6 +371,7 @@ class Receiving:
             raise FarError(trouble)
         self._awaited = dict.fromkeys(changed, "the comparison with the giver's has not ended")
         at_once = asyncio.Semaphore(self._parallel)
+        await self._fetching.sparing.drop()
         await asyncio.gather(*(self._prove(one, step.epoch, at_once) for one in changed.items()))
         # A volume that was not written to in the freeze may hang all the same.
         self._awaited = dict.fromkeys(volumes, "a write to it, or the giver's list, does not come")

@@ -18,12 +18,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
 
 from nfsha.replica.files.beneath import sync_filesystem
+from nfsha.replica.passes import spares
 from nfsha.replica.passes.counts import VANISHED, Counts, Run
 from nfsha.replica.passes.first_copy import FirstCopy
 from nfsha.replica.passes.request import PassOutcome, PassRequest, Planned
@@ -68,6 +69,8 @@ class Pull:
         self._transfer = Transfer(request, self._runner, self._counts, self._tell, clock_ms)
         self._plan: DeletionPlan | None = None
         self._differed = False
+        self._large: tuple[tuple[bytes, int], ...] = ()
+        self._looked_s = 0.0
 
     async def run(self, progress: Callable[[Progress], None]) -> PassOutcome:
         """Runs the pass to its end, and says what came of it; all troubles are in the outcome.
@@ -201,14 +204,17 @@ class Pull:
         )
 
     async def _by_plan(self, course: Course) -> str:
-        reader = PlanReader()
+        reader = PlanReader(self.request.spares)
         self._report(Progress(Stage.PLAN))
+        begun_ms = self._clock_ms()
         run = await self._runner.run("plan", course.plan(), reader.take, reader.rest)
+        self._looked_s = (self._clock_ms() - begun_ms) / 1000
         self._counts.add(run)
         if run.stats is None:
             return ""
         self._counts.entries = run.stats.entries
         self._differed = bool(reader.copies or reader.touched or reader.too_many_folders)
+        self._large = spares.large(reader.wanted_bytes)
         held = ""
         may_delete = False
         # An I/O error there makes a list with gaps: what is missing in it may still exist.
@@ -224,6 +230,8 @@ class Pull:
         if reader.copies:
             copied = await self._copy_planned(course, reader, run.stats, ceiling)
             may_delete = may_delete and copied.went_through
+        if self.request.spares:
+            await asyncio.to_thread(spares.drop, self.request.root_fd, self.request.spares)
         if may_delete or (run.went_through and reader.touched and not reader.copies):
             await self._settle(course, reader, ceiling if may_delete else None)
         return held
@@ -234,17 +242,40 @@ class Pull:
         """Copies what the plan named, by name if that is little: no second look at all the rest."""
         total_bytes = planned.transferred_bytes
         if reader.by_name:
-            names = (reader.wanted | reader.touched) - {b"."}
-            above = {over for name in names for over in upwards(name.rpartition(b"/")[0])}
-            data = folder_list((), [b".", *sorted(names - above)])
-            with await asyncio.to_thread(self._listed, data) as listed:
-                few = replace(course, list_path=listed.name)
-                run = await self._transfer.copy(few, total_bytes, make_way=make_way)
-            self._counts.entries = planned.entries  # of what was walked, not of this list
-            if not run.went_through or _files_in(run) == reader.wanted_files:
-                return run
+            spared = self._spared(reader)
+            rest = (reader.wanted | reader.touched) - {b"."} - spared.keys()
+            copied_files = 0
+            for names, size, sparse in (
+                (spared.keys(), sum(spared.values()), False),
+                (rest, total_bytes - sum(spared.values()), True),
+            ):
+                if not names and (spared or not sparse):
+                    continue
+                run = await self._copy_named(course, names, size, make_way, sparse=sparse)
+                self._counts.entries = planned.entries  # of what was walked, not of this list
+                copied_files += _files_in(run)
+                if not run.went_through or copied_files == reader.wanted_files:
+                    return run
             # Something has another name by now, and may have been changed before this pass began.
         return await self._transfer.copy(course, total_bytes, make_way=make_way)
+
+    def _spared(self, reader: PlanReader) -> dict[bytes, int]:
+        """The files to copy with a spare that is good for them, and their sizes at the source."""
+        return {
+            name: reader.wanted_bytes[name]
+            for name, size in self.request.spares.items()
+            if reader.wanted_bytes.get(name, _INT_MAX << 31) <= size + spares.MAX_GROWTH_BYTES
+        }
+
+    async def _copy_named(
+        self, course: Course, names: Set[bytes], size: int, make_way: int, *, sparse: bool
+    ) -> Run:
+        above = {over for name in names for over in upwards(name.rpartition(b"/")[0])}
+        data = folder_list((), [b".", *sorted(names - above)])
+        with await asyncio.to_thread(self._listed, data) as listed:
+            # What the plan named by content need not be read for that once more.
+            few = replace(course, list_path=listed.name, again=course.checksum)
+            return await self._transfer.copy(few, max(0, size), make_way=make_way, sparse=sparse)
 
     async def _look_again(self, course: Course) -> None:
         """Asks once more for what vanished: it must be gone, or come now.
@@ -338,6 +369,8 @@ class Pull:
             sentence=f"{self.request.name or self.request.uuid}: {self._sentence(verdict, held)}",
             vanished=tuple(dict.fromkeys(counts.vanished)),
             seconds=seconds,
+            large=self._large,
+            looked_s=self._looked_s,
         )
 
     def _files(self) -> int:

@@ -5,7 +5,8 @@ Nothing here runs or looks at a volume.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from nfsha.replica.rsync.arguments import From
@@ -28,7 +29,8 @@ class PassRequest:
     copy will be, for its progress. `dense`: which large files the source knows to have no holes; a
     first copy is faster by it. `is_replica`: what is there may be served after a takeover, be
     it empty; so nothing half-received may lie where a client could see it. `priority`: of the runs
-    of rsync on this node.
+    of rsync on this node. `spares`: files with a spare copy (`nfsha.replica.passes.spares`), and
+    its size; the pass uses them up.
     """
 
     uuid: str
@@ -47,6 +49,7 @@ class PassRequest:
     dense: DenseFiles = NOTHING_DENSE
     is_replica: bool = False
     priority: Priority = Priority.LOW
+    spares: Mapping[bytes, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class PassOutcome:
     source, after a full walk; else reckoned on from `known_files`). `plan`: what waits, or what was
     deleted; None when nothing was to be deleted or no plan could be made. `sentence` is for people.
     `vanished`: names that went away while they were read. A second look found them gone, or copied
-    them, unless the verdict is INCOMPLETE.
+    them, unless the verdict is INCOMPLETE. `large`: files to be copied that a spare would be good
+    for, and their sizes, as far as they were named. `looked_s`: what the plan took of `seconds`.
     """
 
     verdict: Verdict
@@ -71,6 +75,8 @@ class PassOutcome:
     sentence: str
     vanished: tuple[bytes, ...]
     seconds: float
+    large: tuple[tuple[bytes, int], ...] = ()
+    looked_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

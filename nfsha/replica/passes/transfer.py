@@ -54,9 +54,12 @@ class Transfer:
         *,
         make_way: int,
         filling: Filling | None = None,
+        sparse: bool = True,
     ) -> Run:
         """As `run`, and counted."""
-        run, last = await self.run(course, total_bytes, make_way=make_way, filling=filling)
+        run, last = await self.run(
+            course, total_bytes, make_way=make_way, filling=filling, sparse=sparse
+        )
         self._counts.add_copy(run, last)
         return run
 
@@ -69,6 +72,7 @@ class Transfer:
         filling: Filling | None = None,
         room: Room | None = None,
         dense_up_to_bytes: int | None = None,
+        sparse: bool = True,
     ) -> tuple[Run, Progress]:
         """Copies; begins again, where it was, when somebody changed the bandwidth meanwhile.
 
@@ -89,6 +93,7 @@ class Transfer:
                     bandwidth_kib_s=self._bandwidth_kib_s,
                     aside=aside,
                     dense_up_to_bytes=dense_up_to_bytes,
+                    sparse=sparse,
                 )
                 async with self._onlooker(reader, filling, room):
                     run = await self._runner.run("copy", argv, self._reporter(reader), reader.rest)

@@ -97,6 +97,8 @@ class Course:
     """Where rsync reads the folders to compare, one level deep; None for everything."""
     backup: str | None
     checksum: bool
+    again: bool = False
+    """All that is listed is known to differ: it is not compared first."""
 
     def plan(self) -> list[str]:
         """Compares, and names what would be done. Changes nothing."""
@@ -110,6 +112,7 @@ class Course:
         bandwidth_kib_s: int | None,
         aside: bool = True,
         dense_up_to_bytes: int | None = None,
+        sparse: bool = True,
     ) -> list[str]:
         """Copies what differs and deletes nothing.
 
@@ -118,15 +121,18 @@ class Course:
         the folder `INCOMING`, and how far it is is told; else they are received beside their
         places under rsync's own temporary names (a sixth faster with small files), and nothing is
         told (a line for each file: as much as this process, at its priority, can read).
-        With `dense_up_to_bytes` no holes are looked for, and no file above that size is copied.
+        With `dense_up_to_bytes` no holes are looked for, and no file above that size is copied;
+        without `sparse` neither, whatever the size.
 
         No --fsync: it syncs files one by one (30,000 small ones took 66 s instead of 5), but
         neither folders nor renames, so that the pass ends with syncfs(2) all the same.
         """
         way = ("--force", f"--max-delete={make_way}") if make_way else ()
         limit = () if bandwidth_kib_s is None else (f"--bwlimit={bandwidth_kib_s}",)
-        holes = _HOLES if dense_up_to_bytes is None else f"--max-size={dense_up_to_bytes}"
-        says = (holes, *way, *limit, *self._kept(), *self._reads())
+        holes = (_HOLES,) if sparse else ()
+        if dense_up_to_bytes is not None:
+            holes = (f"--max-size={dense_up_to_bytes}",)
+        says = (*holes, *way, *limit, *self._kept(), *self._reads())
         scope = self._scope(self.list_path, at_once=not aside)
         if not aside:
             return self._line(*says, "--info=stats2", *scope, parts=_PARTS_IN_PLACE)
@@ -149,6 +155,8 @@ class Course:
         return self._line(*says, *self._scope(list_path))
 
     def _reads(self) -> tuple[str, ...]:
+        if self.again:
+            return ("--ignore-times",)
         return ("--checksum",) if self.checksum else ()
 
     def _kept(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -105,9 +106,13 @@ _ITEM = re.compile(rb"([<>ch.])([fdLDS]).{9} ")
 
 
 class PlanReader:
-    """Takes the output of the dry run, line by line."""
+    """Takes the output of the dry run, line by line.
 
-    def __init__(self) -> None:
+    `spared` are files of which a part lies here on purpose: that is no deletion.
+    """
+
+    def __init__(self, spared: Iterable[bytes] = ()) -> None:
+        self._spared = {part for name in spared for part in _part_of(name)}
         self.items = 0
         """All that differs: to be copied, to be deleted (again counted by its parent, where a
         listed folder is gone), or a folder's own attributes."""
@@ -119,6 +124,8 @@ class PlanReader:
         """Their names, as long as they are few."""
         self.wanted_files = 0
         """How many of these are no folders."""
+        self.wanted_bytes: dict[bytes, int] = {}
+        """The sizes of these, at the source."""
         self.replaced = 0
         """Existing things, no folders, in whose place something else would come."""
         self.replaced_names: list[bytes] = []
@@ -165,7 +172,7 @@ class PlanReader:
             elif found[2] != b"d" and len(self.arrivals) < MAX_ARRIVALS:
                 self.arrivals[_looks(name, size, time)] += 1
             self._linked = self._linked or found[1] == b"h"
-            self._want(name.rstrip(b"/"), folder=found[2] == b"d")
+            self._want(name.rstrip(b"/"), int(size), folder=found[2] == b"d")
             # A folder that was emptied to make way for this: it is no folder to look into.
             self.parents.discard(name)
 
@@ -209,10 +216,12 @@ class PlanReader:
         self.items += 1
         self.first = self.first or name
 
-    def _want(self, name: bytes, *, folder: bool) -> None:
+    def _want(self, name: bytes, size: int, *, folder: bool) -> None:
         if len(self.wanted) <= MAX_WANTED and name not in self.wanted:
             self.wanted.add(name)
-            self.wanted_files += not folder
+            if not folder:
+                self.wanted_files += 1
+                self.wanted_bytes[name] = size
 
     def _touched(self, name: bytes) -> None:
         if not self._too_many_folders:
@@ -221,6 +230,8 @@ class PlanReader:
 
     def _deletion(self, name: bytes) -> None:
         path = name.rstrip(b"/")
+        if path in self._spared:
+            return
         parts = path.split(b"/")
         if PARTIAL in parts:
             self.old_parts += 1
@@ -245,6 +256,13 @@ class PlanReader:
             self._too_many_folders = True
             self.touched.clear()
             self.parents.clear()
+
+
+def _part_of(name: bytes) -> tuple[bytes, bytes]:
+    """Where rsync keeps the part of a file: the folder, and the part in it."""
+    folder, slash, last = name.rpartition(b"/")
+    parts = folder + slash + PARTIAL
+    return parts, parts + b"/" + last
 
 
 def _kind(name: bytes) -> bytes:

@@ -29,6 +29,8 @@ class SourceFacts:
     """The ctimes of each volume's identity and stamp, by identity: no other filesystem has both."""
     still_ns: Mapping[str, int] = field(default_factory=dict)
     """Up to when a list of changes, published earlier, is still all; by identity, not for all."""
+    leaving: bool = False
+    """The source is about to stop for good: there is no time for what can be left out."""
 
     def of(self, uuid: str) -> VolumeFacts | None:
         """The volume of this identity."""
@@ -50,11 +52,13 @@ def read_facts(path: Path) -> SourceFacts:
         raise VolumeError("the source's facts are of another version of nfsha")
     as_of_ns, listed = document.get("as_of_ns"), document.get("volumes")
     written_ns, still_ns = document.get("written_ns"), document.get("still_ns", {})
+    leaving = document.get("leaving", False)
     if (
         not _is_time(as_of_ns)
         or not isinstance(listed, list)
         or not _are_pairs(written_ns)
         or not _are_times(still_ns)
+        or not isinstance(leaving, bool)
     ):
         raise VolumeError("the source's facts are incomplete")
     return SourceFacts(
@@ -63,6 +67,7 @@ def read_facts(path: Path) -> SourceFacts:
         tuple(from_json(one) for one in listed),
         {uuid: (identity_ns, stamp_ns) for uuid, (identity_ns, stamp_ns) in written_ns.items()},
         still_ns,
+        leaving,
     )
 
 

@@ -104,6 +104,8 @@ class Serving:
         self._aside = Aside(lambda: clocks.now_ms() / 1000)
         self._dense = DenseLists(source.public, clocks.now_ms)
         self.epoch: Epoch | None = None
+        self.leaving = False
+        """This node is about to stop for good: the other one is told with what it fetches."""
         self.troubles: dict[str, str] = {}
         """What keeps a volume from being offered, by its name."""
         self._offered: dict[str, VolumeFacts] = {}
@@ -279,6 +281,7 @@ class Serving:
             "volumes": [as_json(one) for one in self._offered.values()],
             "written_ns": {uuid: self._written_ns[uuid] for uuid in self._offered},
             "still_ns": still_ns,
+            "leaving": self.leaving,
         }
         data = json.dumps(facts, sort_keys=True).encode()
         try:
