@@ -302,7 +302,8 @@ KEYS: Final[tuple[Key[Any], ...]] = (
         duration(500, 600_000),
         '"10s"',
         "How long a `nfsha failback` or `switchover` may hold the clients: it freezes them only"
-        " once the last pass would fit into half of it, and ends by itself after twice of it.",
+        " once the last pass and its proof would fit into it, and ends by itself after twice of"
+        " it.",
     ),
     REALTIME_KEY := optional(
         "scheduling.realtime", FLAG, "true", "Ask for SCHED_RR, so that a busy host delays nothing."

@@ -1,4 +1,7 @@
-"""The way home after a crash, with many files and with a large one that grows; and many volumes."""
+"""The way home after a crash, with many files and with a large one that grows; and many volumes.
+
+And a final stop, which has no time for a walk through many files.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tests.netns.test_handover import (
     assert_held_not_failed,
     assert_one_at_a_time,
     numbers_in,
+    rewrite_unseen,
 )
 
 pytestmark = pytest.mark.timeout(120)
@@ -99,6 +103,51 @@ def test_home_after_a_crash_with_many_files_and_a_large_one_that_grows(
     stall_ms = small.since(since_ms * 1_000_000).longest_gap_ms
     record_property("longest_stall_ms", stall_ms)
     print(f"{count} files, {mib} MiB: the longest stall was {stall_ms:.0f} ms")
+
+
+@pytest.mark.parametrize(
+    ("count", "within_ms"),
+    [
+        (5_000, 10_000),
+        pytest.param(100_000, 10_000, marks=(pytest.mark.slow, pytest.mark.timeout(400))),
+    ],
+)
+def test_a_final_stop_hands_over_without_a_walk_through_many_files(
+    make_lab: Callable[..., Lab],
+    count: int,
+    within_ms: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """All files changed in this reign: to compare all of them by content would take the time."""
+    lab = make_lab(volume_mib=64 + count // 50, inodes=2 * count)
+    copies = Copies(lab, sync=SELDOM, env={"NFSHA_STOP_REASON": "stop"})
+    copies.settle_whole()
+    make_files(copies.here("a"), range(count), b"of the primary")
+    (copies.here("a") / "quiet").mkdir()
+    (copies.here("a") / "quiet/file").write_bytes(b"first")
+    lab.b.nfsha("sync", "--wait", timeout_s=A_LONG_WHILE_S)
+    records = lab.write_records(cap_s=60)
+    records.wait_acked(10)
+    # Not what a pass sees by size and time: what the journal names is copied by content.
+    rewrite_unseen(copies.here("a") / "quiet/file", b"other")
+    stopped_ms = copies.now_ms()
+    assert copies.daemon("a").stop(60) == 0
+    served = copies.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
+    assert served.row == "X20", "it was no handover"
+    log = copies.log("b")
+    assert "the other node is about to stop" in log
+    assert "a full walk: the schedule's" not in log
+    assert "are compared by content" not in log
+    assert served.at_ms - stopped_ms < within_ms
+    records.wait_acked(10)
+    found = records.stop()
+    assert_held_not_failed(found, moves=1)
+    assert set(found.acked) <= set(lab.read_records())
+    assert (copies.here("b") / "quiet/file").read_bytes() == b"other"
+    # All else of both trees is equal; the clients write on.
+    assert [one for one in copies.differences() if "records" not in one] == []
+    record_property("handed_over_ms", served.at_ms - stopped_ms)
+    print(f"{count} files: handed over {served.at_ms - stopped_ms} ms after the stop")
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_the_spare_is_changed_in_its_place_and_takes_the_files(
     os.setxattr(pair.there, "user.colour", b"green")
     done = pair.pull(spares={LARGE: 12 * MIB}, checksum=checksum)
     assert done.verdict is Verdict.COMPLETE, done
-    assert done.large == ((LARGE, pair.there.stat().st_size),)
+    assert done.brought == {LARGE: pair.there.stat().st_size}
     assert differences(pair.source, pair.target) == []
     assert pair.here.stat().st_ino == spare != before
     assert not pair.parts.exists()

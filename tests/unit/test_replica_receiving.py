@@ -228,7 +228,7 @@ def test_what_does_not_shrink_ends_it_and_names_the_volume_and_its_busiest_folde
     source = Source(*UUIDS)
     source.takes_ms[Kind.ORDINARY] = [8000] * 20
     source.transferred_bytes = 4_000_000
-    source.copies[UUIDS[1]].large = ((b"mail/box", 2_100_000_000),)
+    source.copies[UUIDS[1]].brought = {b"mail/queue/box": 2_100_000_000, b"lock": 4000, b"log": 1}
     listing = source.list_all
 
     async def list_all(epoch: Epoch) -> Listing:
@@ -241,14 +241,16 @@ def test_what_does_not_shrink_ends_it_and_names_the_volume_and_its_busiest_folde
     found = receive(source, APPROACH)
     assert isinstance(found, PresyncChanged) and not found.ready
     assert "about 16.0 s, and handover.max_stall is 10 s" in found.failed
-    assert "Volume v1 is written too fast, in the folders mail/queue, cold" in found.failed
+    assert (
+        "Volume v1 is written too fast, in the folders mail/queue: files of 4.0 MB" in found.failed
+    )
     assert source.done.count("list") == 5  # for the walk, the first, and three no nearer
     # The rates are of the last round, which began 8 s after the one before.
     assert "files of 4.0 MB changed within 8.0 s, and a pass brings 400.0 MB/s of them" in (
         found.failed
     )
     assert "(sync.bandwidth allows 1.0 MB/s)" in found.failed
-    assert "mail/box alone has 2.1 GB, and is read as a whole" in found.failed
+    assert "largest is mail/queue/box with 2.1 GB, which is read as a whole" in found.failed
 
 
 def test_a_journal_that_is_lost_after_the_walk_means_another_walk() -> None:

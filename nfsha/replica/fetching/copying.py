@@ -6,6 +6,7 @@ For an operator and for the choice of the next pass; it moves no data and reads 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -49,8 +50,8 @@ class Copy:
     compared: tuple[Epoch, int] | None = None
     """All that had changed in an epoch until then (by this node's clock, in milliseconds) was
     compared by content."""
-    large: tuple[tuple[bytes, int], ...] = ()
-    """The large files that the last pass brought, and their sizes, the largest first."""
+    brought: Mapping[bytes, int] = field(default_factory=dict)
+    """The files that the last pass brought, and their sizes, as far as they were named."""
     spares: dict[bytes, int] = field(default_factory=dict)
     """Large files with a spare copy for the next pass, and its size."""
     looked_ms: int | None = None

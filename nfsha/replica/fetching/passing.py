@@ -83,7 +83,7 @@ class Passing:
                 outcome = await self._settle_unreplicated(copy, found, entry, outcome)
             kept = await self._desk.under_way.write(Quarantine(found.root_fd).finish, entry)
         self._count(copy, outcome, kept)
-        copy.large, copy.looked_ms = outcome.large, round(outcome.looked_s * 1000)
+        copy.brought, copy.looked_ms = outcome.brought, round(outcome.looked_s * 1000)
         if outcome.verdict is not Verdict.COMPLETE:
             self._not_completed(copy, outcome)
             return

@@ -37,9 +37,9 @@ class Sparing:
     async def make(self, uuid: str) -> None:
         """Makes them for the large files that the last pass of this volume brought."""
         copy, here = self._desk.copies.get(uuid), self._desk.inventory.by_uuid(uuid)
-        if copy is None or here is None or not copy.large:
+        names = spares.large(copy.brought)[:MAX_SPARES] if copy is not None else ()
+        if copy is None or here is None or not names:
             return
-        names = [name for name, _ in copy.large[:MAX_SPARES]]
 
         def work(root_fd: int, stop: threading.Event) -> dict[bytes, int]:
             return _made(root_fd, names, stop)

@@ -7,8 +7,8 @@ changed since the round before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from nfsha.replica.files.beneath import shown
 
@@ -19,6 +19,9 @@ PATIENCE = 3
 """So many rounds in a row may come no nearer."""
 
 FOLDERS_SHOWN = 3
+LEAST_SHARE = 20
+"""A folder in which less than this part (one in twenty) of the most was written is not named."""
+
 MAX_FOLDERS = 100_000
 """Of so many folders it is counted how often they changed."""
 
@@ -31,8 +34,8 @@ class Took:
     folders: tuple[bytes, ...]
     brought_bytes: int = 0
     """The sizes of the files that it brought."""
-    largest: tuple[bytes, int] | None = None
-    """The largest of these, where it is a large one."""
+    files: Mapping[bytes, int] = field(default_factory=dict)
+    """These, with their sizes, as far as they were named."""
     limit_kib_s: int | None = None
     """What `sync.bandwidth` allows it."""
 
@@ -50,6 +53,7 @@ class Convergence:
         self._far = 0
         self._before_ms: int | None = None
         self._folders: dict[str, Counter[bytes]] = {}
+        self._bytes: dict[str, Counter[bytes]] = {}
         self._slowest = ""
         self._took: Took | None = None
         self._within_ms = 0
@@ -96,7 +100,8 @@ class Convergence:
         self._within_ms = began_ms - self._began_ms if self._began_ms is not None else 0
         self._began_ms = began_ms
         for name, one in volumes.items():
-            self._count(self._folders.setdefault(name, Counter()), one.folders)
+            self._count(self._folders.setdefault(name, Counter()), dict.fromkeys(one.folders, 1))
+            self._count(self._bytes.setdefault(name, Counter()), _by_folder(one.files))
         self._slowest = max(volumes, key=lambda name: volumes[name].duration_ms, default="")
         self._took = volumes.get(self._slowest)
 
@@ -111,12 +116,17 @@ class Convergence:
     def _who(self) -> str:
         if self._took is None:
             return "Nothing was written meanwhile: the link or the other node is too slow"
-        busiest = self._folders[self._slowest].most_common(FOLDERS_SHOWN)
-        names = ", ".join(shown(folder) for folder, _ in busiest)
+        names = ", ".join("the root" if one == b"." else shown(one) for one in self._busiest())
         return (
             f"Volume {self._slowest} is written too fast, in the folders {names}: "
             f"{self._rates(self._took)}. Stop what writes there, or raise handover.max_stall"
         )
+
+    def _busiest(self) -> list[bytes]:
+        """The folders into which most was written, and those that changed most often."""
+        often, most = self._folders[self._slowest], self._bytes[self._slowest]
+        ordered = sorted(often, key=lambda one: (-most[one], -often[one]))[:FOLDERS_SHOWN]
+        return [one for one in ordered if most[one] * LEAST_SHARE >= most[ordered[0]]]
 
     def _rates(self, took: Took) -> str:
         within = f" within {self._within_ms / 1000:.1f} s" if self._within_ms else ""
@@ -124,16 +134,23 @@ class Convergence:
         words += f", and a pass brings {_size(took.rate_bytes_s)}/s of them"
         if took.limit_kib_s is not None:
             words += f" (sync.bandwidth allows {_size(took.limit_kib_s * 1024)}/s)"
-        if took.largest is not None:
-            name, size = took.largest
-            words += f"; {shown(name)} alone has {_size(size)}, and is read as a whole"
+        if took.files:
+            name, size = max(took.files.items(), key=lambda one: one[1])
+            words += f"; the largest is {shown(name)} with {_size(size)}, which is read as a whole"
         return words
 
     @staticmethod
-    def _count(counted: Counter[bytes], folders: Iterable[bytes]) -> None:
-        for folder in folders:
+    def _count(counted: Counter[bytes], folders: Mapping[bytes, int]) -> None:
+        for folder, amount in folders.items():
             if folder in counted or len(counted) < MAX_FOLDERS:
-                counted[folder] += 1
+                counted[folder] += amount
+
+
+def _by_folder(files: Mapping[bytes, int]) -> Counter[bytes]:
+    found: Counter[bytes] = Counter()
+    for name, size in files.items():
+        found[name.rpartition(b"/")[0] or b"."] += size
+    return found
 
 
 def _size(count: int) -> str:

@@ -256,10 +256,12 @@ class Receiving:
         for uuid, folders in changed.items():
             mark, copy = marks.get(uuid), self._fetching.copies.get(uuid)
             if mark is not None and copy is not None:
-                largest = copy.large[0] if copy.large else None
-                limit_kib_s = self._fetching.limit_of(uuid)
                 found[self._name_of(uuid)] = Took(
-                    mark.duration_ms, folders, mark.transferred_bytes, largest, limit_kib_s
+                    mark.duration_ms,
+                    folders,
+                    mark.transferred_bytes,
+                    copy.brought,
+                    self._fetching.limit_of(uuid),
                 )
         return found
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Final
@@ -69,7 +69,7 @@ class Pull:
         self._transfer = Transfer(request, self._runner, self._counts, self._tell, clock_ms)
         self._plan: DeletionPlan | None = None
         self._differed = False
-        self._large: tuple[tuple[bytes, int], ...] = ()
+        self._brought: Mapping[bytes, int] = {}
         self._looked_s = 0.0
 
     async def run(self, progress: Callable[[Progress], None]) -> PassOutcome:
@@ -214,7 +214,7 @@ class Pull:
             return ""
         self._counts.entries = run.stats.entries
         self._differed = bool(reader.copies or reader.touched or reader.too_many_folders)
-        self._large = spares.large(reader.wanted_bytes)
+        self._brought = reader.wanted_bytes
         held = ""
         may_delete = False
         # An I/O error there makes a list with gaps: what is missing in it may still exist.
@@ -369,7 +369,7 @@ class Pull:
             sentence=f"{self.request.name or self.request.uuid}: {self._sentence(verdict, held)}",
             vanished=tuple(dict.fromkeys(counts.vanished)),
             seconds=seconds,
-            large=self._large,
+            brought=self._brought,
             looked_s=self._looked_s,
         )
 

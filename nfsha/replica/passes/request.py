@@ -60,8 +60,8 @@ class PassOutcome:
     source, after a full walk; else reckoned on from `known_files`). `plan`: what waits, or what was
     deleted; None when nothing was to be deleted or no plan could be made. `sentence` is for people.
     `vanished`: names that went away while they were read. A second look found them gone, or copied
-    them, unless the verdict is INCOMPLETE. `large`: files to be copied that a spare would be good
-    for, and their sizes, as far as they were named. `looked_s`: what the plan took of `seconds`.
+    them, unless the verdict is INCOMPLETE. `brought`: files that the plan named to be copied, and
+    their sizes, not more than `deletions.MAX_WANTED`. `looked_s`: what the plan took of `seconds`.
     """
 
     verdict: Verdict
@@ -75,7 +75,7 @@ class PassOutcome:
     sentence: str
     vanished: tuple[bytes, ...]
     seconds: float
-    large: tuple[tuple[bytes, int], ...] = ()
+    brought: Mapping[bytes, int] = field(default_factory=dict)
     looked_s: float = 0.0
 
 

@@ -36,10 +36,10 @@ _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
-def large(sizes: Mapping[bytes, int]) -> tuple[tuple[bytes, int], ...]:
+def large(sizes: Mapping[bytes, int]) -> list[bytes]:
     """The files that are large enough, the largest first."""
-    found = [(name, size) for name, size in sizes.items() if size >= LEAST_BYTES]
-    return tuple(sorted(found, key=lambda one: -one[1]))
+    found = [name for name, size in sizes.items() if size >= LEAST_BYTES]
+    return sorted(found, key=lambda name: -sizes[name])
 
 
 def make(root_fd: int, name: bytes, stop: threading.Event) -> int:
