@@ -310,13 +310,21 @@ def test_a_large_file_that_takes_long_gets_a_spare_before_the_next_round() -> No
     assert source.sparing.done == ["make 0", "make 1"] * 3
 
 
-def test_when_it_comes_to_nothing_passes_go_on_once_the_spares_are_gone() -> None:
+def test_when_it_comes_to_nothing_passes_go_on_once_the_spares_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = frozen()
     source.differs[UUIDS[0]] = "a/file differs"
     source.sparing.done.append("let go")  # the list of both
     source.done = source.sparing.done
     receive(source, FINISH, then=Fetch(EPOCH, start=True))
     assert source.done[-2:] == ["drop", "let go"]
+    # A disk that hangs keeps its own volume.
+    monkeypatch.setattr(receiving_module, "SPARES_GO_WITHIN_S", 0.01)
+    monkeypatch.setattr(source.sparing, "drop", lambda: asyncio.sleep(60))
+    step = Approach(EPOCH, NEXT, more=True)
+    receive(source, step, then=Fetch(EPOCH, start=True))
+    assert source.done[-1] == "let go"
 
 
 def test_passes_that_fail_again_and_again_end_it() -> None:

@@ -46,6 +46,10 @@ FINISH_SHARE = 0.95
 """Of the time that the frozen part may take: what is late is named just before all of it ends."""
 
 
+SPARES_GO_WITHIN_S = 5.0
+"""So long ordinary passes wait, after a handover that ended, until its spare copies are removed."""
+
+
 class FarError(Exception):
     """The copy cannot come near, or is not proved equal; the text says which volume and why."""
 
@@ -114,7 +118,9 @@ class Receiving:
 
     async def _go_on(self) -> None:
         """Ordinary passes come again, once the spares of the handover are gone."""
-        await self._fetching.sparing.drop()
+        dropping = asyncio.ensure_future(self._fetching.sparing.drop())
+        self._watch(dropping)
+        await asyncio.wait({dropping}, timeout=SPARES_GO_WITHIN_S)  # not for a disk that hangs
         if self._step is None:
             self._fetching.schedule.let_go()
 
