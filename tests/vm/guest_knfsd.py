@@ -25,8 +25,10 @@ _RESULTS: Final = Path("/results")
 _TREE: Final = Path("/opt/tree")
 _MOUNTS: Final = Path("/clients")
 _NFSD: Final = Path("/proc/fs/nfsd")
+# After its start lockd refuses new locks, for 50 s or until it is told that all are claimed back.
+_LOCKD_GRACE: Final = Path("/proc/fs/lockd/nlm_end_grace")
 _CONF: Final = Path("/etc/nfs.conf.d/nfsha.conf")
-_WAIT_S: Final = 15.0
+_WAIT_S: Final = 30.0
 _EXPORTS: Final = f"""\
 {VOLUME} 10.77.0.0/24(rw,sync,no_subtree_check,no_root_squash,fsid=7) \
 fd77::/64(rw,sync,no_subtree_check,no_root_squash,fsid=7)
@@ -195,8 +197,6 @@ def _bring_up() -> None:
     Path("/etc/exports").write_text(_EXPORTS)
     shutil.copy("/usr/share/nfs-common/conffiles/nfs.conf", "/etc/nfs.conf")
     shutil.copy(_TREE / "etc/nfs.conf.d/nfsha.conf", _CONF)
-    # As long as lockd refuses new locks after its start: 50 s, which nobody here would wait for.
-    Path("/proc/sys/fs/nfs/nlm_grace_period").write_text("1")
 
 
 def _join_the_lan() -> None:
@@ -246,6 +246,7 @@ def _with_v3(client: Client, syslog: Syslog) -> dict[str, Any]:
     results["v4 mount"] = client.mount("refused", VIPS[0], "vers=4.2", check=False)
     client.mount("v3", VIPS[0], "vers=3")
     client.mount("stray", OWN_ADDRESS, "vers=3,nolock")
+    _LOCKD_GRACE.write_text("Y")
     locking = client.hold("v3", "lock")
     results["v3 client"] = look()
     results["handle"] = asyncio.run(told_handle(OPEN_VOLUME / "folder"))

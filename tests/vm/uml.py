@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ _ROOT_PROGRAM = Path(__file__).with_name("guest_root.py")
 _KERNEL = "linux.uml"
 _LOG_LINES_SHOWN = 60
 _DISK_SIZE = "24M"
+_GONE_S = 10.0
 
 
 class UmlError(Exception):
@@ -98,16 +100,29 @@ def _machine(argv: list[str], limit_s: int, log: Any) -> Iterator[subprocess.Pop
     """Its processes are a PID namespace, which is gone at the end whatever happens.
 
     It is many processes, and they leave every process group and session. `timeout` ends them even
-    where this process is killed.
+    where this process is killed. Each of them has the pipe open for as long as it lives.
     """
     alone = ["unshare", "--pid", "--fork", "--kill-child=KILL", "prlimit", "--core=0", *argv]
     limited = ["timeout", "--signal=KILL", str(limit_s), *alone]
-    guest = subprocess.Popen(
-        limited, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-    )
+    gone, alive = os.pipe()
+    try:
+        guest = subprocess.Popen(
+            limited,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(alive,),
+        )
+    finally:
+        os.close(alive)
     try:
         yield guest
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(guest.pid, signal.SIGKILL)
         guest.wait()
+        left = not select.select([gone], [], [], _GONE_S)[0]
+        os.close(gone)
+        if left:
+            raise UmlError(f"processes of {_KERNEL} are left {_GONE_S:.0f} s after their end")
