@@ -55,7 +55,7 @@ def follow_events(path: Path, count: int) -> Iterator[Facts]:
     except control.CommandError as error:
         raise _no(error) from error
     except control.ControlError as error:
-        raise CommandError(Exit.UNREACHABLE, str(error)) from error
+        raise _unreachable(error) from error
 
 
 def command(path: Path, name: str, args: Mapping[str, object]) -> Facts:
@@ -127,7 +127,7 @@ def _stream(path: Path, name: str, args: Mapping[str, object]) -> Iterator[Facts
     except control.CommandError as error:
         raise _no(error) from error
     except control.ControlError as error:
-        raise CommandError(Exit.UNREACHABLE, str(error)) from error
+        raise _unreachable(error) from error
 
 
 def answers(path: Path) -> bool:
@@ -143,6 +143,11 @@ def answers(path: Path) -> bool:
     return True
 
 
+def _unreachable(error: control.ControlError) -> CommandError:
+    denied = isinstance(error, control.NotPermittedError)
+    return CommandError(Exit.CANNOT if denied else Exit.UNREACHABLE, str(error))
+
+
 def _no(error: control.CommandError) -> CommandError:
     """The daemon's no: a guard's (`refused` in the details), or that it cannot."""
     if error.details.get("refused") is True:
@@ -156,4 +161,4 @@ def _call(path: Path, name: str, args: Mapping[str, object]) -> Facts:
     except control.CommandError as error:
         raise _no(error) from error
     except control.ControlError as error:
-        raise CommandError(Exit.UNREACHABLE, str(error)) from error
+        raise _unreachable(error) from error

@@ -7,6 +7,7 @@ the report. The move is the daemons': ^C only ends the watching.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from nfsha.cli import client, render_handover
+from nfsha.cli import client, output, render_handover
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.operate import confirm
 from nfsha.core.model import Role
@@ -31,6 +32,10 @@ BACK_WITHIN_S: Final = 20.0
 
 LINE_EVERY_S: Final = 5.0
 """How often a long step shows how far it is, where it is not shown in place."""
+
+LINE_COLUMNS: Final = 120
+"""Longer than that no such line is, however wide the terminal. On a narrow one it must not wrap: it
+could not be taken away any more."""
 
 _CLEAR_LINE: Final = "\r\x1b[K"
 _SERVED_SOON: Final = (
@@ -64,9 +69,9 @@ def _move(args: argparse.Namespace, to: Role) -> Answer:
     if isinstance(approved, Answer):
         return approved
     before = frozenset(str(one["id"]) for one in client.reports(path))
-    client.command(path, "handover", {"to": str(to), "plan": approved})
     watching = _Watching(path, to, before, as_json=args.json)
     try:
+        client.command(path, "handover", {"to": str(to), "plan": approved})
         return watching.to_the_end()
     except KeyboardInterrupt:
         watching.clear()
@@ -82,7 +87,11 @@ def _move(args: argparse.Namespace, to: Role) -> Answer:
 
 def _approved(args: argparse.Namespace, path: Path, to: Role) -> str | Answer:
     """The plan that the operator approves; an answer where nothing is to be done."""
-    if args.plan and not args.dry_run:
+    if args.plan == "":  # a script's variable that is not set must not approve whatever there is
+        raise CommandError(
+            Exit.USAGE, "--plan '' names no plan", "--dry-run shows the plan, and its name"
+        )
+    if args.plan is not None and not args.dry_run:
         return str(args.plan)
     plan = dict(client.ask(path, "handover-plan", {"to": str(to)}))
     if args.dry_run or (plan["ok"] and not args.yes):
@@ -93,9 +102,21 @@ def _approved(args: argparse.Namespace, path: Path, to: Role) -> str | Answer:
     if args.dry_run:
         return Answer(text, plan)
     if not args.json:
-        print(text, flush=True)
+        _show_plan(text)
     confirm(args, path, _SERVED_SOON.format(to=to))
     return str(plan["plan"])
+
+
+def _show_plan(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        output.silence()
+        raise CommandError(
+            Exit.CANNOT,
+            f"the plan cannot be shown: {error.strerror}: nothing has changed",
+            "with --yes --json it is not printed",
+        ) from None
 
 
 def _with_numbers(path: Path, to: Role, args: argparse.Namespace) -> dict[str, Any]:
@@ -136,13 +157,14 @@ class _Live:
         """Writes the line in place of the last one."""
         if self._shown:
             self._there = True
-            print(f"{_CLEAR_LINE}{text}", end="", flush=True)
+            columns = shutil.get_terminal_size((LINE_COLUMNS, 24)).columns
+            output.say(f"{_CLEAR_LINE}{text[: min(columns, LINE_COLUMNS) - 1]}", end="")
 
     def clear(self) -> None:
         """Takes it away."""
         if self._there:
             self._there = False
-            print(_CLEAR_LINE, end="", flush=True)
+            output.say(_CLEAR_LINE, end="")
 
 
 @dataclass(slots=True)
@@ -207,7 +229,7 @@ class _Watching:
     def _say(self, words: str) -> None:
         if not self.as_json:
             self._live.clear()
-            print(f"{time.monotonic() - self.began_s:6.1f} s  {words}", flush=True)
+            output.say(f"{time.monotonic() - self.began_s:6.1f} s  {words}")
 
     def _require_goes_on(self, facts: Facts) -> None:
         step = facts["handover"]["step"] or ""
@@ -235,12 +257,12 @@ class _Watching:
         if step != self._step:
             self._live.clear()
             said = render_handover.STEPS.get(step, move["text"] or "")
-            print(f"{head} {said}", flush=True)
+            output.say(f"{head} {said}")
         elif far and not self._live.in_place and (news or now_s - self._line_s >= LINE_EVERY_S):
-            print(f"{head} {far}", flush=True)
+            output.say(f"{head} {far}")
             self._line_s = now_s
         if far:
-            self._live.show(f"{head} {far}"[:119])
+            self._live.show(f"{head} {far}")
         self._step, self._round = step, number
 
     def _done(self, facts: Facts) -> Answer:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-from nfsha.cli import arguments
+from nfsha.cli import arguments, output
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.host import mishap
 
@@ -24,7 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit (0 or 2) where argparse shows help or a usage error.
     """
     sys.excepthook = _last_words
-    args = arguments.parser().parse_args(argv)
+    output.complete()
+    try:
+        args = arguments.parser().parse_args(argv)
+    except SystemExit:
+        if _brought_out(Exit.DONE) != Exit.DONE:
+            raise SystemExit(Exit.CANNOT) from None
+        raise
+    except OSError:  # the help is longer than what is kept back
+        return _brought_out(Exit.DONE)
     if args.do is None:
         args.shown.print_help(sys.stderr)
         return Exit.USAGE
@@ -33,13 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     code: int = Exit.DONE
     try:
         code = _carry_out(args)
-        print(end="", flush=True)
-    except BrokenPipeError:
-        # Who reads has enough, as in `nfsha events | head`. Python would flush again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # who reads has enough
+        output.silence()
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-    return code
+    return _brought_out(code)
+
+
+def _brought_out(code: int) -> int:
+    """The exit code, once all that was printed is where it goes; 1 where only that failed."""
+    if words := output.trouble():
+        output.complain(f"nfsha: {words}")
+    return code or (Exit.CANNOT if words else Exit.DONE)
 
 
 def _carry_out(args: argparse.Namespace) -> int:
@@ -52,9 +64,14 @@ def _carry_out(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _complain(CommandError(Exit.CANNOT, _words(error)), as_json=args.json)
+        _complain(CommandError(Exit.CANNOT, output.trouble() or _words(error)), as_json=args.json)
         return Exit.CANNOT
-    _show(answer, as_json=args.json)
+    try:
+        _show(answer, as_json=args.json)
+    except BrokenPipeError:
+        output.silence()
+    except OSError:
+        return _brought_out(int(answer.exit))
     return int(answer.exit)
 
 
@@ -76,8 +93,8 @@ def _complain(error: CommandError, *, as_json: bool) -> None:
         told = {"ok": False, "exit": int(error.exit), "error": error.message}
         print(json.dumps({**error.data, **told, "remedy": error.remedy}))
         return
-    print(end="", flush=True)
-    print(f"nfsha: {error}", file=sys.stderr)
+    words = output.trouble()  # first what was printed before
+    output.complain(f"nfsha: {error}" + (f"\nnfsha: {words}" if words else ""))
 
 
 def _words(error: OSError) -> str:

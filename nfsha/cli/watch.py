@@ -20,6 +20,9 @@ from nfsha.host.events import read_events
 from nfsha.host.reports import FOLDER, as_report, read_reports
 
 WATCH_EVERY_S = 1.0
+MAX_SHOWN = 60
+"""So much is repeated of a name that is none."""
+
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -81,6 +84,8 @@ def show_again(facts: Mapping[str, object] | None, text: str) -> None:
 def events(args: argparse.Namespace) -> Answer:
     """Lists the newest events; with `--follow` goes on with each new one."""
     path = client.socket_path(args)
+    if args.report == "":  # the daemon takes no empty name
+        return _report("", None)
     if args.reports or args.report:
         return _reports(args, path)
     if args.follow:
@@ -97,10 +102,20 @@ def events(args: argparse.Namespace) -> Answer:
 
 
 def _events_on_disk(args: argparse.Namespace) -> Answer:
-    folder = load_settings(args).paths.state
+    folder = _readable(load_settings(args).paths.state)
     listed = [asdict(one) for one in read_events(folder / "events.jsonl", args.count)]
     text = f"{render.events(listed)}\n(the daemon is not running: read from {folder})"
     return Answer(text, {"ok": True, "events": listed, "daemon": False})
+
+
+def _readable(folder: Path) -> Path:
+    """The folder. CommandError for who may not look into it: it is not empty for all that."""
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise CommandError(
+            Exit.CANNOT, f"the daemon is not running, and there is no permission for {folder}",
+            "be root",
+        )  # fmt: skip
+    return folder
 
 
 def _reports(args: argparse.Namespace, path: Path) -> Answer:
@@ -112,7 +127,7 @@ def _reports(args: argparse.Namespace, path: Path) -> Answer:
     except CommandError as error:
         if error.exit is not Exit.UNREACHABLE or args.socket:
             raise
-        on_disk = read_reports(load_settings(args).paths.state / FOLDER)
+        on_disk = read_reports(_readable(load_settings(args).paths.state) / FOLDER)
         every = [as_report(one) for one in on_disk]
         if args.report:
             found = (one for one in every if one["id"] == args.report)
@@ -125,6 +140,8 @@ def _reports(args: argparse.Namespace, path: Path) -> Answer:
 def _report(number: str, found: Mapping[str, Any] | None) -> Answer:
     if found is None:
         raise CommandError(
-            Exit.CANNOT, f"there is no report {number!r}", "`nfsha events --reports` lists them"
+            Exit.CANNOT,
+            f"there is no report {number[:MAX_SHOWN]!r}",
+            "`nfsha events --reports` lists them",
         )
     return Answer(render_handover.report(found), {"ok": True, "report": dict(found)})

@@ -57,6 +57,10 @@ _WORDS: Final = {
 }
 
 
+MAX_SHOWN: Final = 60
+"""So much is repeated of the name of a plan."""
+
+
 @dataclass(slots=True)
 class _Question:
     """What the other node is asked; all who want to know it now wait for the one answer."""
@@ -109,9 +113,10 @@ class Plans:
         if plan["plan"] == approved:
             return
         before, now = self._shown.get(approved), self._shown[plan["plan"]]
-        changed = _changes(before, now) if before is not None else f"no plan {approved!r} is known"
+        named = approved[:MAX_SHOWN]
+        changed = _changes(before, now) if before is not None else f"no plan {named!r} is known"
         raise CommandError(
-            f"plan {approved} was approved, the present one is {plan['plan']}: {changed}; look at "
+            f"plan {named} was approved, the present one is {plan['plan']}: {changed}; look at "
             "it, and approve it anew",
             {"refused": True, **plan},
         )

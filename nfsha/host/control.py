@@ -39,6 +39,10 @@ class ControlError(Exception):
     """The daemon cannot be talked to, or this socket cannot be had; the text is for an operator."""
 
 
+class NotPermittedError(ControlError):
+    """Whoever asks may not use this socket."""
+
+
 class CommandError(ControlError):
     """The daemon understood and says no. `details` is what it adds for programs (may be empty)."""
 
@@ -379,7 +383,7 @@ class ControlClient:
                     " start it: systemctl start nfsha"
                 ) from error
             except PermissionError as error:
-                raise ControlError(
+                raise NotPermittedError(
                     f"no permission for {self._path}; be root or in the group {DEFAULT_GROUP}"
                 ) from error
             except TimeoutError as error:

@@ -80,6 +80,11 @@ def served_there() -> Facts:
 
 @pytest.fixture
 def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    yield from prepare(tmp_path, monkeypatch)
+
+
+def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """A daemon that knows a plan, and would move the service by it."""
     one = Daemon(configure(tmp_path, monkeypatch) / "run" / "nfsha.sock")
     one.answers |= {
         "handover-plan": PLAN, "clients": {"clients": CLIENTS},
