@@ -3,6 +3,15 @@
 Pure judgements of what both nodes know of themselves. Each guard says what was found on either
 side and, where it fails, what to do about it. All of them are always judged, never only the first
 that fails. Nothing here decides a move: the core looks at its own conditions when it is asked.
+
+What is looked at here, and hardly ever seen, because another mechanism comes first:
+- a VIP on the receiver, or missing on the giver: each node removes it, or puts it back, within half
+  a second. The guard sees who does so again and again, and other machines;
+- a receiver's stamp of a higher epoch: where its authority is the other node, that one ceases to
+  serve at once (`lease.recorded_epoch`: its own journal is a restored one), and nobody serves until
+  an operator decides. Where it is the receiver itself, the guard sees it;
+- a giver that is not sound: it gives the service away, or releases it (rows A32, A50);
+- a daemon that is stopping: it answers for a second at most, or as long as an unmount hook runs.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from tests.netns.lab import Lab
 from tests.netns.labkit.network import VIP
 from tests.netns.labkit.nfs_client import RECORD_BYTES
 from tests.netns.labkit.records import Records
+from tests.netns.test_handover_guards import Tried, ask, standing
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -194,6 +195,7 @@ def test_home_again_after_a_crash_and_what_was_never_replicated_is_kept(lab: Lab
 
 def test_no_resync_without_room_for_what_it_keeps(make_lab: Callable[..., Lab]) -> None:
     copies = Copies(make_lab(volume_mib=64), sync=SELDOM)
+    (copies.here("a") / "on both").write_text("else a resync would leave no file at all")
     copies.settle_whole()
     with (copies.here("a") / "mine").open("wb") as file:
         file.write(b"\1" * (30 << 20))
@@ -212,6 +214,13 @@ def test_no_resync_without_room_for_what_it_keeps(make_lab: Callable[..., Lab]) 
     assert copies.copy("a")["state"] == "refused"
     assert (copies.here("a") / "mine").exists() and not (copies.here("a") / "new").exists()
     assert copies.phase("a") == "RETURNED"
+    for node in ("a", "b"):
+        for how, failing in (("--dry-run", {"room", "copies"}), ("--yes", {"copies"})):
+            before = standing(copies)
+            found = Tried(before, ask(copies, how, on=node), standing(copies))
+            found.assert_refused(failing)
+            if "room" in failing:
+                assert "bytes are needed" in found.asked.found("room")
     (copies.here("a") / "mine").unlink()
     copies.lab.a.nfsha("sync", "--wait")
     copies.wait_phase("a", "PASSIVE", since_ms=since_ms, within_s=20)

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from nfsha.config import load
 from nfsha.daemon.node_guards import GUARDS
 from nfsha.host.control import ControlClient
 from nfsha.replica.source.source import RSYNC
@@ -27,6 +29,7 @@ from tests.netns.copies import SYNC, Copies, hanging
 from tests.netns.lab import STORAGE, Lab
 from tests.netns.labkit.network import PLACES, VIP
 from tests.netns.labkit.nfs_server import ganesha_config
+from tests.netns.pair import Pair
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,6 +55,18 @@ import socket, sys
 kept = socket.create_connection((sys.argv[1], 2049))
 print("connected", flush=True)
 kept.recv(1)
+"""
+
+_THIEF = """
+import socket, sys, time
+while True:
+    try:
+        taken = socket.create_server((sys.argv[1], int(sys.argv[2])))
+        break
+    except OSError:
+        time.sleep(0.001)
+print("taken", flush=True)
+time.sleep(120)
 """
 
 # Another release of nfsha, on a host whose wall clock is an hour ahead.
@@ -80,7 +95,7 @@ class Asked:
         return str(self.guards[name]["found"])
 
 
-def ask(copies: Copies, *argv: str, on: str = RECEIVER, command: str = "failback") -> Asked:
+def ask(copies: Pair, *argv: str, on: str = RECEIVER, command: str = "failback") -> Asked:
     """Asks for a move on a node."""
     done = copies.lab.node(on).nfsha(command, "--json", *argv, check=False, timeout_s=MOVE_S)
     answer = json.loads(done.stdout)
@@ -273,6 +288,22 @@ def in_maintenance(copies: Copies) -> Iterator[None]:
 
 
 @contextmanager
+def port_taken(copies: Copies) -> Iterator[None]:
+    """Another program has the port of the giver's rsync daemon, which was killed."""
+    node = copies.lab.node(GIVER)
+    settings = load(node.path("/etc/nfsha/nfsha.toml"))
+    where = [str(settings.sync_link.local), str(settings.sync.port)]
+    thief = node.spawn([sys.executable, "-c", _THIEF, *where], name="thief")
+    for one in psutil.Process(copies.daemon(GIVER).pid).children(recursive=True):
+        if one.name() == "rsync":
+            one.kill()
+    copies.wait(lambda: "taken" in thief.output(), "taken port")
+    copies.wait(lambda: "source" in str(node.status()["alarms"]), "alarm of the source")
+    yield
+    thief.kill()
+
+
+@contextmanager
 def journal_unwritable(copies: Copies) -> Iterator[None]:
     """What the journal writes first is a folder, which no write replaces."""
     node = copies.lab.node(RECEIVER)
@@ -366,6 +397,7 @@ def _provoked() -> Iterator[Any]:
         (read_only, {"volumes"}, "read-only"),
         (no_rsync, {"rsync"}, "no rsync's version"),
         (journal_unwritable, {"journal", "one serves, the other waits"}, "mend the disk"),
+        (port_taken, {"copies"}, "the data is not offered"),
         (many_deleted, {"deletions"}, "--accept-deletes"),
         (large_packets_lost, FACTS, "loses large packets"),
         (newer_stamp, {"volumes", "copies"}, "newer than"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tests.netns.lab import ROLES, Lab
 from tests.netns.labkit.network import VIP
 from tests.netns.labkit.records import RecordWriter, read_records
 from tests.netns.pair import BUSY_MS, TAKEOVER_AFTER_MS, Event, Pair
+from tests.netns.test_handover_guards import ask
 
 VOLUME = "/nfs/replica"
 HOOKS = """
@@ -268,7 +270,17 @@ def test_a_planned_restart_keeps_the_volume_and_a_stop_gives_it_up(pair: HookedP
     pair.wait_row("a", "S20", restarted_ms)
     assert pair.mounted("a")
     stopped_ms = pair.now_ms()
-    assert pair.daemon("a").stop() == 0
+    pair.replica.slow("a").touch()
+    pair.daemon("a").signal(signal.SIGTERM)
+    pair.wait_row("a", "C62", stopped_ms)
+    # While it gives the volume up it still answers, and moves nothing. Only these hooks export it
+    # on one node, so the guard of the exports fails all the time.
+    asked = ask(pair, "--yes", on="a", command="switchover")
+    gone = {"one serves, the other waits", "VIP on the node that serves only"}
+    assert (asked.code, asked.failing) == (3, {"time for it", "exports", *gone}), asked.answer
+    assert "the daemon is stopping" in asked.found("time for it")
+    pair.replica.slow("a").unlink()
+    assert pair.daemon("a").wait(15) == 0
     assert pair.replica.log("a") == [*ran, "begin unmount", "end unmount"]
     assert not pair.mounted("a")
     pair.wait_phase("b", "ACTIVE", since_ms=stopped_ms)
