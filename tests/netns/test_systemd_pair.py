@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 
-from tests.netns.copies import SYNC, Copies
+from tests.netns.copies import SYNC, Copies, hanging
 from tests.netns.labkit.network import VIP
 from tests.netns.labkit.nfs_server import NFS_PORT, rpc_null
 from tests.netns.labkit.place import LabError
 from tests.netns.labkit.records import Records, RecordWriter
 from tests.netns.nspawn import Machine, MachineLab, cgroups_left
 from tests.netns.pair import BUSY_MS, Event
+from tests.netns.test_handover import Moving, source_that_hangs
 from tests.netns.treewalk import differences, make_odd_tree
 
 pytestmark = [pytest.mark.pairs, pytest.mark.timeout(90)]
@@ -66,6 +67,14 @@ class Duo:
     def moves(self, machine: Machine) -> list[tuple[str, str]]:
         """Its changes of phase since the test began."""
         return self.copies.moves(machine.name, self.began_ms)
+
+    def move(self) -> Moving:
+        """Asks the active node to move the service to the passive one, and watches that."""
+        for machine in (self.active, self.passive):  # the guards look where it is installed
+            machine.run("mkdir", "-p", "/etc/ganesha")
+            machine.run("ln", "-sf", "/etc/nfsha/ganesha.conf", "/etc/ganesha/ganesha.conf")
+        command = "switchover" if self.active.name == "a" else "failback"
+        return Moving(self.copies, self.active.name, command)
 
     def sync(self, *argv: str) -> None:
         """`nfsha sync --wait` on the passive node."""
@@ -328,6 +337,37 @@ def test_a_restart_of_the_active_one_keeps_the_address(duo: Duo) -> None:
     assert duo.moves(duo.passive) == []
     (hold,) = [hold for hold in duo.copies.lab.look().holds(VIP) if hold.open]
     assert (hold.node, hold.start_ns < duo.began_ms * 1_000_000) == (duo.active.name, True)
+
+
+def test_a_restart_of_the_giver_ends_a_move_that_holds_nobody_yet(duo: Duo) -> None:
+    writing = duo.write("not-moved")
+    with hanging(duo.copies, duo.active.name):
+        moving = duo.move()
+        duo.wait_move(duo.passive, "PRESYNC")
+        duo.active.systemctl("restart", "nfsha")
+    moving.join(_SETTLED_S)
+    assert moving.code == 4, moving.told
+    assert "nothing has moved: repeat the command" in " ".join(moving.told.split())
+    assert writing.end(moves=0).longest_stall_ms < BUSY_MS
+    assert duo.moves(duo.active) == [("STARTING", "ACTIVE")]
+    assert duo.moves(duo.passive) == [("PASSIVE", "PRESYNC"), ("PRESYNC", "PASSIVE")]
+
+
+def test_a_restart_of_the_giver_waits_for_a_move_that_holds_clients(duo: Duo) -> None:
+    writing = duo.write("moved")
+    moving = duo.move()
+    with source_that_hangs(duo.copies, duo.active.name):
+        duo.active.systemctl("restart", "--no-block", "nfsha")
+        words = "waits for the handover that is under way before it restarts"
+        wait(lambda: words in duo.active.journal("--lines=40"), "restart that waits")
+    duo.wait_roles(duo.passive, duo.active)
+    moving.join(_SETTLED_S)
+    assert moving.code == 0, moving.told
+    assert writing.end(moves=1).longest_stall_ms < MAX_STALL_MS
+    moved = [one.row for one in duo.copies.events(duo.passive.name, duo.began_ms)]
+    assert "X20" in moved
+    assert "T20" not in moved
+    duo.assert_never_two()
 
 
 def test_a_stop_of_the_active_one_gives_the_address_to_the_other(duo: Duo) -> None:
