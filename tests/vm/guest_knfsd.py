@@ -289,6 +289,10 @@ def _with_v4(client: Client) -> dict[str, Any]:
     for ctl in _NFSD.glob("clients/*/ctl"):
         ctl.write_text("expire\n")
     results["expired"] = look()
+
+    client.link("up")
+    client.run("ls", str(_MOUNTS / "gone"))
+    results["at the end"] = look()
     return results
 
 
