@@ -48,6 +48,12 @@ class Duo:
     def status(self, node: str) -> dict[str, Any]:
         return dict(self.copies.lab.node(node).status())
 
+    def wait_lets_pass(self) -> None:
+        """Waits until all guards let the move pass."""
+        socket = self.copies.lab.node(self.giver).path("/run/nfsha/nfsha.sock")
+        daemon, to = ControlClient(socket, timeout_s=10), {"to": ROLES[self.receiver]}
+        self.copies.wait(lambda: daemon.call("handover-plan", to)["ok"], "table in order")
+
     def move(self, watched: str) -> Moving:
         """Asks for the move, and watches it, on the node of this side."""
         return Moving(self.copies, self.node_of(watched), self.command)
@@ -111,11 +117,10 @@ def duo(pair: Copies) -> Duo:
 
     pair.wait(settled, "settled pair")
     giver, receiver = ("a", "b") if pair.phase("a") == "ACTIVE" else ("b", "a")
-    to, command = ("primary", "failback") if receiver == "a" else ("standby", "switchover")
-    socket = pair.lab.node(receiver).path("/run/nfsha/nfsha.sock")
-    daemon = ControlClient(socket, timeout_s=10)
-    pair.wait(lambda: daemon.call("handover-plan", {"to": to})["ok"], "guards that let it pass")
-    return Duo(pair, giver, receiver, command, pair.now_ms())
+    command = "failback" if receiver == "a" else "switchover"
+    found = Duo(pair, giver, receiver, command, pair.now_ms())
+    found.wait_lets_pass()
+    return found
 
 
 # ------------------------------------------------------------------ an operator
@@ -209,3 +214,21 @@ def test_restarted_in_a_freeze_that_comes_to_nothing_it_serves_before_it_goes(du
     duo.assert_reported(why)
     assert ("STARTING", "ACTIVE") in duo.moves("giver")  # the address stayed
     duo.assert_never_two()
+
+
+def test_a_final_stop_of_the_receiver_ends_it_and_says_so(duo: Duo) -> None:
+    receiver = duo.copies.daemon(duo.receiver)
+    why = (
+        f"nfsha was stopped on {duo.name_of('receiver')}; nothing has moved: repeat the command "
+        "when nfsha is back there"
+    )
+    receiver.stop()
+    duo.copies.lab.node(duo.receiver).start_daemon({"NFSHA_STOP_REASON": "stop"})
+    duo.wait_lets_pass()
+    with duo.in_presync("giver") as moving:
+        assert duo.copies.daemon(duo.receiver).stop() == 0
+    assert moving.code == 4, moving.told
+    assert why in " ".join(moving.told.split())
+    duo.copies.start(duo.receiver)
+    duo.assert_reported(why)
+    assert duo.moves("giver") == []
