@@ -16,6 +16,7 @@ from nfsha.cli import client, render, render_clients, render_handover, render_vo
 from nfsha.cli.configuration import load_settings
 from nfsha.cli.exits import Answer, CommandError, Exit
 from nfsha.cli.words import Style
+from nfsha.daemon.report_shape import sound
 from nfsha.host.events import read_events
 from nfsha.host.reports import FOLDER, as_report, read_reports
 
@@ -127,7 +128,7 @@ def _reports(args: argparse.Namespace, path: Path) -> Answer:
     except CommandError as error:
         if error.exit is not Exit.UNREACHABLE or args.socket:
             raise
-        on_disk = read_reports(_readable(load_settings(args).paths.state) / FOLDER)
+        on_disk = read_reports(_readable(load_settings(args).paths.state) / FOLDER, sound)
         every = [as_report(one) for one in on_disk]
         if args.report:
             found = (one for one in every if one["id"] == args.report)

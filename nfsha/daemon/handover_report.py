@@ -19,10 +19,11 @@ from nfsha.core.model import RECEIVING_PHASES, Phase
 from nfsha.core.state import State
 from nfsha.daemon.handover_track import Part, Tracker
 from nfsha.daemon.inbox import Inbox
+from nfsha.daemon.report_shape import GIVER, RECEIVER, sound
 from nfsha.daemon.shapes import fits
 from nfsha.daemon.world import World
 from nfsha.host.reports import FOLDER, SIDES, ReportError, ReportStore, as_report, has_both
-from nfsha.replica.fetching import tally
+from nfsha.peer.limited_log import LimitedLog
 from nfsha.replica.handover.receiving import Receiving
 from nfsha.replica.rsync.progress import Progress
 
@@ -61,23 +62,10 @@ _MOVE: Final = {
     "total_bytes": (int, None),
     "eta_s": (int, None),
 }
-_GIVER: Final = {
-    "node": str,
-    "epoch": int,
-    "to": str,
-    "began_ns": int,
-    "done": bool,
-    "why": str,
-    "took_ms": int,
-    "stall_ms": (int, None),
-    "stall_how": str,
-    "steps": {str: int},
-}
-_RECEIVER: Final = {**_GIVER, **tally.SHAPE}
 _ENDS: Final = {"n": str, "why": str}
 _REPORT: Final = (
-    {"id": str, "side": str, "part": _GIVER},
-    {"id": str, "side": str, "part": _RECEIVER},
+    {"id": str, "side": str, "part": GIVER},
+    {"id": str, "side": str, "part": RECEIVER},
 )
 
 
@@ -88,7 +76,8 @@ class Moves:
         self._world = world
         self._inbox = inbox
         self._replication = world.replication
-        self.store = ReportStore(world.settings.paths.state / FOLDER)
+        self.store = ReportStore(world.settings.paths.state / FOLDER, sound)
+        self._log = LimitedLog(log, world.clock_ms)
         self._tracker = Tracker()
         self._lock = asyncio.Lock()
         self._told_ms = 0
@@ -252,8 +241,8 @@ class Moves:
         try:
             async with self._lock:
                 new = await asyncio.to_thread(self.store.put, number, side, part)
-        except ReportError as error:
-            log.warning("%s", error)
+        except ReportError as error:  # what the other node tells is tried with all that it tells
+            self._log.warning("report", str(error))
             return
         if new:
             self._waiting.setdefault(number, self._world.clock_ms() + BOTH_WITHIN_MS)

@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +20,9 @@ FOLDER: Final = "handovers"
 """Below the daemon's folder for what must last."""
 
 KEPT: Final = 50
+MAX_FILES: Final = 1000
+"""So many files are looked at; what nfsha wrote is at most `KEPT`."""
+
 MAX_BYTES: Final = 512 << 10
 """Of one report: half of what one answer of the control socket carries."""
 
@@ -28,6 +33,7 @@ _VERSION: Final = 1
 _ID: Final = re.compile(r"\d{1,19}-[0-9a-f]{8}")
 
 Report = dict[str, Any]
+Sound = Callable[[str, object], bool]
 
 
 class ReportError(Exception):
@@ -40,14 +46,16 @@ class ReportStore:
     `load`, `put` and the files block: they belong into a thread, one call at a time.
     """
 
-    def __init__(self, folder: Path, *, kept: int = KEPT) -> None:
+    def __init__(self, folder: Path, sound: Sound, *, kept: int = KEPT) -> None:
+        """`sound`: whether what stands on the disk has the form of that side's part."""
         self._folder = folder
+        self._sound = sound
         self._kept = kept
         self._reports: dict[str, Report] = {}
 
     def load(self) -> None:
         """Reads what earlier lives left."""
-        self._reports = {one["id"]: one for one in read_reports(self._folder)}
+        self._reports = {one["id"]: one for one in read_reports(self._folder, self._sound)}
 
     def put(self, number: str, side: str, part: Mapping[str, Any]) -> bool:
         """Adds one side's part to the report of that id, durably. False where it was there already.
@@ -149,28 +157,38 @@ def _summary(facts: Report) -> str:
     return f"{word}: ended after {took}{held}: {facts['why']}"
 
 
-def read_reports(folder: Path) -> list[Report]:
+def read_reports(folder: Path, sound: Sound) -> list[Report]:
     """The reports in a folder, oldest first; it blocks. What is none is left out."""
     found = []
     with contextlib.suppress(OSError):
-        for path in sorted(folder.glob("*.json")):
-            report = _read(path)
+        for path in sorted(islice(folder.glob("*.json"), MAX_FILES)):
+            report = _read(path, sound)
             if report is not None:
                 found.append(report)
     return sorted(found, key=began_ns)
 
 
-def _read(path: Path) -> Report | None:
+def _read(path: Path, sound: Sound) -> Report | None:
     try:
-        with path.open("rb") as file:
-            report = json.loads(file.read(MAX_BYTES + 1))
+        report = json.loads(_content(path))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(report, dict) or report.get("nfsha_report") != _VERSION:
         return None
     if report.get("id") != path.stem or _ID.fullmatch(path.stem) is None:
         return None
-    return report
+    parts = [side for side in SIDES if side in report]
+    return report if parts and all(sound(side, report[side]) for side in parts) else None
+
+
+def _content(path: Path) -> bytes:
+    """Of an ordinary file: a pipe in its place would hang whoever reads it, for ever. OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+            return b""
+        return file.read(MAX_BYTES + 1)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

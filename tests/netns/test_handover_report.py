@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nfsha.daemon.report_shape import sound
 from nfsha.host import reports
 from tests.netns.copies import Copies
 from tests.netns.lab import Lab
@@ -101,7 +102,7 @@ def report_of(copies: Copies, node: str, *, done: bool) -> dict[str, Any]:
     folder = copies.lab.folder / node / "lib" / reports.FOLDER
 
     def newest() -> dict[str, Any]:
-        return reports.as_report(reports.read_reports(folder)[-1])
+        return reports.as_report(reports.read_reports(folder, sound)[-1])
 
     copies.wait(lambda: newest()["whole"] and newest()["done"] is done, "report", within_s=5)
     return newest()

@@ -14,6 +14,7 @@ import pytest
 from nfsha.cli import client, handover, render_handover
 from nfsha.cli.exits import CommandError, Exit
 from nfsha.cli.main import main
+from nfsha.daemon.report_shape import sound
 from nfsha.host import control, reports
 from tests.unit import situations
 from tests.unit.fake_daemon import Daemon, Facts, configure, said
@@ -313,7 +314,7 @@ def test_reports_on_disk_while_no_daemon_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
     configure(tmp_path, monkeypatch)
-    store = reports.ReportStore(tmp_path / "state" / reports.FOLDER)
+    store = reports.ReportStore(tmp_path / "state" / reports.FOLDER, sound)
     store.put("8-0123abcd", "giver", PART)
     assert main(["events", "--reports"]) == Exit.DONE
     assert "8-0123abcd" in said(capsys)[0]
