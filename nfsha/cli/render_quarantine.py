@@ -46,7 +46,8 @@ def _entry(one: Facts) -> str:
     amount = "not counted yet"
     if one.get("files") is not None:
         amount = f"{count(one['files'], 'file')}, {size(one['bytes'])}"
-    words = [f"{moment(one['created_ns'])}, {amount}: {one['why']}"]
+    why = f": {one['why']}" if one.get("why") else ""
+    words = [f"{moment(one['created_ns'])}, {amount}{why}"]
     if one.get("by"):
         words.append(f"by {one['by']}")
     if not one.get("complete", True):

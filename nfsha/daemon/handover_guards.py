@@ -94,6 +94,7 @@ def _both(view: View) -> Both | None:
     if view.own is None or view.heard is None:
         return None
     return Both(
+        serves=_phase_of(view.state, view.to) is Phase.ACTIVE,
         here=view.own,
         heard=view.heard,
         receives=view.to is view.state.me,
@@ -114,9 +115,14 @@ def _peer(state: State, now_ms: int) -> Iterator[Guarded]:
     yield Guarded("other node heard", heard, f"heard {age}{remedy}")
 
 
+def _phase_of(state: State, role: Role) -> Phase | None:
+    if role is state.me:
+        return state.phase
+    return state.report.phase if state.report is not None else None
+
+
 def _phases(state: State, to: Role) -> Iterator[Guarded]:
-    theirs = state.report.phase if state.report is not None else None
-    phases: dict[Role, Phase | None] = {state.me: state.phase, state.me.other: theirs}
+    phases = {role: _phase_of(state, role) for role in (state.me, state.me.other)}
     words = ", ".join(f"{role} is {phase or 'unheard'}" for role, phase in phases.items())
     ready = phases[to.other] is Phase.ACTIVE and phases[to] in (Phase.PASSIVE, Phase.RETURNED)
     if phases[to] is Phase.ACTIVE:

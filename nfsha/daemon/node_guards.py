@@ -35,7 +35,7 @@ class Both:
     """What both nodes told. `receives`: this node is the receiver; `heard`, the other's facts.
 
     `ports` are those of [firewall.ports]. `hooks`: programs mount the volumes, on the node that
-    serves only. `copies`: nfsha makes the copies.
+    serves only. `copies`: nfsha makes the copies. `serves`: the receiver serves already.
     """
 
     here: Told
@@ -45,6 +45,7 @@ class Both:
     ports: Mapping[str, int]
     hooks: bool
     copies: bool
+    serves: bool = False
 
     @property
     def there(self) -> Told:
@@ -134,6 +135,9 @@ def _settings(both: Both) -> Guarded:
 
 def _vip(both: Both) -> Guarded:
     """By netlink on both nodes, and by who answers on the wire."""
+    name = "VIP on the node that serves only"
+    if both.serves:  # it is where it belongs: nobody must be told to remove it
+        return Guarded(name, ok=False, found=f"not looked at: {both.receiving} it serves already")
     bad: list[str] = []
     wanted = {str(vip) for vip in both.vips}
     giving, receiving = both.giving, both.receiving
@@ -160,7 +164,7 @@ def _vip(both: Both) -> Guarded:
                 "machine, and take the address from it"
             )
     good = f"held {giving} and not {receiving}; on the wire {giver.link_address} alone answers"
-    return judged("VIP on the node that serves only", bad, good)
+    return judged(name, bad, good)
 
 
 def _rsync(both: Both) -> Guarded:

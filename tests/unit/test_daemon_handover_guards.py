@@ -269,6 +269,14 @@ def test_the_vip_by_netlink_and_on_the_wire(
     assert words in found["VIP on the node that serves only"]
 
 
+def test_nobody_is_told_to_take_the_vip_from_the_node_that_serves_already() -> None:
+    seen = view()
+    there = replace(seen, to=seen.to.other)
+    found = failing(there)
+    assert "it serves there already" in found["one serves, the other waits"]
+    assert found["VIP on the node that serves only"] == "not looked at: here it serves already"
+
+
 @pytest.mark.parametrize(
     ("ahead_ms", "words"),
     [(0, ""), (1900, ""), (-1900, ""), (2100, "2100 ms apart"), (-2100, "2100 ms apart")],
