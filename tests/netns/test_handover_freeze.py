@@ -13,6 +13,7 @@ import pytest
 
 from tests.netns.copies import SYNC, Copies
 from tests.netns.lab import ROLES, Lab
+from tests.netns.labkit.nfs_client import RECORD_BYTES
 from tests.netns.labkit.place import LabError
 from tests.netns.test_handover import (
     SELDOM,
@@ -99,6 +100,35 @@ def test_what_writes_too_fast_is_named_with_its_rates_and_holds_no_client(
     assert copies.differences() == []
     assert set(found.acked) <= set(lab.read_records())
     assert_one_at_a_time(copies, moves=1)
+
+
+@pytest.mark.slow
+def test_a_file_too_large_for_the_stall_is_named_before_clients_are_held(
+    make_lab: Callable[..., Lab],
+) -> None:
+    """It only grows by some records: what takes long is to read it, for the pass and the proof."""
+    lab = make_lab(volume_mib=4096)
+    copies = Copies(lab, sync=SELDOM + '[handover]\nmax_stall = "1s"\n')
+    copies.settle_whole()
+    with (copies.here("a") / "large").open("wb") as file:
+        for _ in range(1024):
+            file.write(os.urandom(1 << 20))
+    lab.b.nfsha("sync", "--wait", timeout_s=60)
+    records = lab.write_records(path="/large", first=(1 << 30) // RECORD_BYTES, cap_s=60)
+    records.wait_acked(10)
+    since_ms = copies.now_ms()
+    code, told = move(copies, "a", "switchover", check=False)
+    assert code == 4, told
+    assert "handover.max_stall is 1 s" in told
+    assert "the largest is large with 1.1 GB, which is read as a whole" in told
+    assert copies.moves("a", since_ms) == []
+    records.wait_acked(10)
+    assert records.stop().failed == ()
+    parts = copies.here("b") / ".nfsha-partial"
+    copies.wait(lambda: not parts.exists(), "an end of its spare copy")
+    # At rest it is not read at all.
+    lab.b.nfsha("sync", "--wait", timeout_s=60)
+    assert move(copies, "a", "switchover")[0] == 0
 
 
 # ------------------------------------------------------------------ changes that nobody could name
