@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged, Role
-from nfsha.core.replication import Approach, Fetch, Finish, Rest
+from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer, Rest
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.fetching.copying import Copy, State
 from nfsha.replica.fetching.fetching import Fetching
@@ -152,7 +152,7 @@ def receive(
     source: Source,
     step: Approach | Finish,
     max_stall_ms: int = 10_000,
-    then: Fetch | Rest = Rest("it is over"),  # noqa: B008 - a plain value
+    then: Sequence[Flow] = (Rest("it is over"),),
 ) -> Report:
     """What the core is told of one step."""
 
@@ -167,7 +167,8 @@ def receive(
         )  # fmt: skip
         receiving.follow(step)
         found = await told
-        receiving.follow(then)
+        for flow in then:
+            receiving.follow(flow)
         await asyncio.wait(begun)
         return found
 
@@ -317,14 +318,23 @@ def test_when_it_comes_to_nothing_passes_go_on_once_the_spares_are_gone(
     source.differs[UUIDS[0]] = "a/file differs"
     source.sparing.done.append("let go")  # the list of both
     source.done = source.sparing.done
-    receive(source, FINISH, then=Fetch(EPOCH, start=True))
+    receive(source, FINISH, then=[Fetch(EPOCH, start=True)])
     assert source.done[-2:] == ["drop", "let go"]
     # A disk that hangs keeps its own volume.
     monkeypatch.setattr(receiving_module, "SPARES_GO_WITHIN_S", 0.01)
     monkeypatch.setattr(source.sparing, "drop", lambda: asyncio.sleep(60))
     step = Approach(EPOCH, NEXT, more=True)
-    receive(source, step, then=Fetch(EPOCH, start=True))
+    receive(source, step, then=[Fetch(EPOCH, start=True)])
     assert source.done[-1] == "let go"
+
+
+def test_a_takeover_does_not_wait_for_the_spares_which_are_removed_after_it() -> None:
+    source = Source(UUIDS[0])
+    away = Rest("nothing is fetched in TAKEOVER")
+    receive(source, APPROACH, then=[away, replace(away)])
+    assert "drop" not in source.sparing.done
+    receive(source, APPROACH, then=[away, Offer(NEXT), Offer(NEXT)])
+    assert source.sparing.done.count("drop") == 1
 
 
 def test_passes_that_fail_again_and_again_end_it() -> None:

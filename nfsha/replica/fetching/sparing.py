@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 from nfsha.replica.fetching.desk import Desk
 from nfsha.replica.files.beneath import shown
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MAX_SPARES: Final = 16
 """Of one volume: more large files than that would hold clients for longer anyway."""
 
-_T = TypeVar("_T")
+_Work = Callable[[int, threading.Event], None]
 
 
 class Sparing:
@@ -40,11 +40,11 @@ class Sparing:
         names = spares.large(copy.brought)[:MAX_SPARES] if copy is not None else ()
         if copy is None or here is None or not names:
             return
-
-        def work(root_fd: int, stop: threading.Event) -> dict[bytes, int]:
-            return _made(root_fd, names, stop)
-
-        copy.spares |= await self._at_root(here, work) or {}
+        made: dict[bytes, int] = {}
+        try:
+            await self._write(here, lambda root_fd, stop: _make(root_fd, names, stop, made))
+        finally:  # also what was made before it was broken off
+            copy.spares |= made
 
     async def drop(self) -> None:
         """Removes what no pass has used."""
@@ -52,56 +52,62 @@ class Sparing:
             here, names = self._desk.inventory.by_uuid(copy.uuid), tuple(copy.spares)
             copy.spares = {}
             if here is not None and names:
-                await self._at_root(here, lambda root_fd, _, names=names: _drop(root_fd, names))  # type: ignore[misc]
+                await self._write(here, _dropping(names))
 
-    async def _at_root(
-        self, here: VolumeFacts, work: Callable[[int, threading.Event], _T]
-    ) -> _T | None:
+    async def _write(self, here: VolumeFacts, work: _Work) -> None:
+        writing = _Writing(here, work)
         try:
-            root_fd = await asyncio.to_thread(volumes.open_root, here)
-            try:
-                writing = _Writing(f"spares-{here.identity}")
-                with self._desk.under_way.noted(here.identity or "", writing):
-                    return await writing.run(lambda: work(root_fd, writing.stop))
-            finally:
-                os.close(root_fd)
+            with self._desk.under_way.noted(here.identity or "", writing):
+                await writing.run()
         except (VolumeError, OSError) as error:
-            log.info("volume %s: its large files are copied anew: %s", here.name, error)
-            return None
+            log.info("volume %s: spare copies of its large files: %s", here.name, error)
 
 
 class _Writing:
     """One thread that writes on a volume, and can be ended."""
 
-    def __init__(self, name: str) -> None:
-        self.stop = threading.Event()
-        self._name = name
+    def __init__(self, here: VolumeFacts, work: _Work) -> None:
+        self._here = here
+        self._work = work
+        self._stop = threading.Event()
         self._done = asyncio.Event()
 
-    async def run(self, work: Callable[[], _T]) -> _T:
-        """Until it has ended, also when the caller is cancelled."""
-        thread = asyncio.ensure_future(asyncio.to_thread(work))
+    async def run(self) -> None:
+        """Until it has ended, also when the caller is cancelled. Raises VolumeError, OSError."""
+        thread = asyncio.ensure_future(asyncio.to_thread(self._in_thread))
         thread.add_done_callback(lambda _: self._done.set())
         try:
-            return await asyncio.shield(thread)
+            await asyncio.shield(thread)
         except asyncio.CancelledError:
-            self.stop.set()
+            self._stop.set()
             await asyncio.wait({thread})
             raise
 
+    def _in_thread(self) -> None:
+        root_fd = volumes.open_root(self._here)
+        try:
+            self._work(root_fd, self._stop)
+        finally:
+            os.close(root_fd)
+
     async def end(self, within_s: float, *, at_once: bool) -> None:  # noqa: ARG002 - no child
         """At once or not: it stops after the piece that it copies. Raises ChildStuckError."""
-        self.stop.set()
+        self._stop.set()
         try:
             async with asyncio.timeout(within_s):
                 await self._done.wait()
         except TimeoutError as error:
             stuck = "a thread of this process, at work on a large file"
-            raise ChildStuckError(self._name, [stuck]) from error
+            raise ChildStuckError(f"spares-{self._here.identity}", [stuck]) from error
 
 
-def _made(root_fd: int, names: Sequence[bytes], stop: threading.Event) -> dict[bytes, int]:
-    made = {}
+def _dropping(names: Sequence[bytes]) -> _Work:
+    return lambda root_fd, _: spares.drop(root_fd, names)
+
+
+def _make(
+    root_fd: int, names: Sequence[bytes], stop: threading.Event, made: dict[bytes, int]
+) -> None:
     for name in names:
         if stop.is_set():
             break
@@ -112,8 +118,3 @@ def _made(root_fd: int, names: Sequence[bytes], stop: threading.Event) -> dict[b
             continue
         if size:
             made[name] = size
-    return made
-
-
-def _drop(root_fd: int, names: Sequence[bytes]) -> None:
-    spares.drop(root_fd, names)

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from nfsha.core.model import Epoch, FinalChanged, PresyncChanged
-from nfsha.core.replication import Approach, Fetch, Finish, Flow
+from nfsha.core.replication import Approach, Fetch, Finish, Flow, Offer
 from nfsha.replica.clocks import Clocks
 from nfsha.replica.fetching.copying import State
 from nfsha.replica.fetching.fetching import Fetching
@@ -80,6 +80,8 @@ class Receiving:
         self._watch = watch
         self._step: Approach | Finish | None = None
         self._hurries = False
+        self._untidy = False
+        """The last handover did not end in a copy: what spares it left are not removed yet."""
         self._task: asyncio.Task[None] | None = None
         self._awaited: dict[str, str] = {}
         """What the frozen part waits for, of each volume."""
@@ -90,6 +92,9 @@ class Receiving:
         """Takes which way data may flow, after each turn."""
         step = flow if isinstance(flow, Approach | Finish) else None
         if step == self._step:
+            if self._untidy and isinstance(flow, Fetch | Offer):  # a takeover came between
+                self._untidy = False
+                self._watch(asyncio.ensure_future(self._fetching.sparing.drop()))
             return
         before, self._step = self._step, step
         goes_on = (
@@ -101,9 +106,9 @@ class Receiving:
         self._fetching.pressing = hurries or isinstance(step, Finish)
         if goes_on:
             return  # near enough: what runs goes on
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        ending, self._task = self._task, None
+        if ending is not None:
+            ending.cancel()
         if isinstance(step, Approach):
             self._run(self._approach(step), PresyncChanged, step.handover)
         elif isinstance(step, Finish):
@@ -111,18 +116,25 @@ class Receiving:
         else:
             self._fetching.tally = None
             self._fetching.careful = self._fetching.thorough = False
-            if isinstance(flow, Fetch):  # it came to nothing, and this node stays a copy
-                self._watch(asyncio.ensure_future(self._go_on()))
-            else:
+            self._untidy = not isinstance(flow, Fetch)
+            if self._untidy:
                 self._fetching.schedule.let_go()
+            else:  # it came to nothing, and this node stays a copy
+                self._watch(asyncio.ensure_future(self._go_on(ending)))
 
-    async def _go_on(self) -> None:
+    async def _go_on(self, ending: asyncio.Task[None] | None) -> None:
         """Ordinary passes come again, once the spares of the handover are gone."""
-        dropping = asyncio.ensure_future(self._fetching.sparing.drop())
+        dropping = asyncio.ensure_future(self._drop_after(ending))
         self._watch(dropping)
         await asyncio.wait({dropping}, timeout=SPARES_GO_WITHIN_S)  # not for a disk that hangs
         if self._step is None:
             self._fetching.schedule.let_go()
+
+    async def _drop_after(self, ending: asyncio.Task[None] | None) -> None:
+        """What is being cancelled may have made one more."""
+        if ending is not None:
+            await asyncio.wait({ending})
+        await self._fetching.sparing.drop()
 
     def _run(
         self,
