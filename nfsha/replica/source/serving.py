@@ -32,6 +32,7 @@ from nfsha.replica.source.fresh import FRESH_WITHIN_S, Coalesced, NotFreshError
 from nfsha.replica.source.source import EpochToken, Source, SourceVolume
 from nfsha.replica.volume import volumes
 from nfsha.replica.volume.aside import Aside, HangsError
+from nfsha.replica.volume.beginning import follow_clock
 from nfsha.replica.volume.facts import (
     VolumeError,
     VolumeFacts,
@@ -173,11 +174,12 @@ class Serving:
         cloned = self._inventory.cloned()
         troubles: dict[str, str] = {}
         owned: list[_Owned] = []
+        now_ns = self._clocks.wall_ns()
 
         async def own(one: VolumeFacts) -> None:
             try:
                 found = await self._aside.run(
-                    one.name, lambda: _own(one, epoch), within_s=OWN_WITHIN_S
+                    one.name, lambda: _own(one, epoch, now_ns), within_s=OWN_WITHIN_S
                 )
             except HangsError as error:
                 troubles[one.name] = f"{one.path}: what nfsha writes there hangs: {error}"
@@ -374,7 +376,7 @@ class Serving:
         return {"running": self.source.running, "trouble": self.source.trouble or None}
 
 
-def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, tuple[int, int]]:
+def _own(one: VolumeFacts, epoch: Epoch, now_ns: int) -> tuple[VolumeFacts, tuple[int, int]]:
     """Gives a volume of the authority its identity and stamp. It blocks.
 
     Returns its facts, and the ctimes of its identity and stamp: no other filesystem has both, be
@@ -391,6 +393,8 @@ def _own(one: VolumeFacts, epoch: Epoch) -> tuple[VolumeFacts, tuple[int, int]]:
         one = volumes.write_identity(one, str(uuids.uuid4()), pair=True)
     if one.stamp != epoch:
         volumes.write_stamp(one, epoch)
+    else:
+        follow_clock(one, now_ns)
     return replace(one, stamp=epoch), volumes.written_at_ns(one)
 
 
