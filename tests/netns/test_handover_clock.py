@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from tests.netns.copies import Copies
 from tests.netns.lab import Lab
+from tests.netns.test_handover import rewrite_unseen
 
 BACK_S = 180.0
 """More than the slack with which changed files are looked for (changed_files.SLACK_NS)."""
-
-
-def rewritten_alike(file: Path, content: bytes) -> None:
-    """Other content with the size and the time of before: no pass by these two sees it."""
-    before = file.stat()
-    with file.open("r+b") as out:
-        out.write(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.steps_clock
@@ -31,7 +21,7 @@ def test_what_was_written_while_the_clock_was_behind_is_compared_by_content(lab:
     copies.sync()
     with lab.wall_clock_stepped(-BACK_S):
         copies.wait(lambda: "the wall clock was set back by 1" in copies.log("a"), "word of that")
-        rewritten_alike(copies.here("a") / "alike", b"other")
+        rewrite_unseen(copies.here("a") / "alike", b"other")
     copies.sync()
     assert (copies.here("b") / "alike").read_bytes() == b"first", "an ordinary pass sees it"
     copies.lab.a.nfsha("switchover", "--yes")

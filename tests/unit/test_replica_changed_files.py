@@ -55,8 +55,23 @@ def test_a_ctime_tells_what_no_mtime_does(tmp_path: Path, root: int) -> None:
     assert set(answer(root, ChangedQuestion(UUID, None, 1)).names) == {b"a", b"deep/b"}
 
 
+def test_a_clock_that_was_set_forward_hides_nothing(
+    tmp_path: Path, root: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", ".nfsha-stamp"):
+        (tmp_path / name).write_bytes(b"content")
+    right_ns = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: right_ns + 3600 * 10**9)
+    assert answer(root, ChangedQuestion(UUID, 1000, 1, right_ns)).names == (b"a",)
+    # And one that is set back counts from now: there all that is young has the new time.
+    assert answer(root, ChangedQuestion(UUID, 3600_000, 1, right_ns + 7200 * 10**9)).names == (
+        b"a",
+    )
+    assert answer(root, ChangedQuestion(UUID, 1000, 1, right_ns + 3600 * 10**9)).names == ()
+
+
 def test_questions_and_answers_travel() -> None:
-    for question in (ChangedQuestion(UUID, None, 7), ChangedQuestion(UUID, 5, 7)):
+    for question in (ChangedQuestion(UUID, None, 7), ChangedQuestion(UUID, 5, 7, 9)):
         assert ChangedQuestion.from_json(question.to_json()) == question
         assert ChangedQuestion.is_meant(question.to_json())
     found = ChangedFiles((b"a/\xff", b"c"), more=True)
@@ -69,9 +84,11 @@ def test_questions_and_answers_travel() -> None:
         None,
         [],
         {},
-        {"uuid": 1, "age_ms": None, "asked_ms": 1},
-        {"uuid": UUID, "age_ms": -1, "asked_ms": 1},
-        {"uuid": UUID, "age_ms": True, "asked_ms": 1},
+        {"uuid": UUID, "age_ms": None, "asked_ms": 1},
+        {"uuid": 1, "age_ms": None, "asked_ms": 1, "since_ns": 0},
+        {"uuid": UUID, "age_ms": -1, "asked_ms": 1, "since_ns": 0},
+        {"uuid": UUID, "age_ms": True, "asked_ms": 1, "since_ns": 0},
+        {"uuid": UUID, "age_ms": 1, "asked_ms": 1, "since_ns": 1 << 63},
     ],
 )
 def test_garbage_is_no_question(garbage: object) -> None:

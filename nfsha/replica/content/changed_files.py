@@ -26,6 +26,7 @@ SLACK_NS: Final = 60 * 10**9
 are served already: files so much older count as changed too."""
 
 _LONGEST_MS: Final = 1 << 53
+_QUESTION: Final = {"uuid", "age_ms", "asked_ms", "since_ns"}
 
 Document = dict[str, Any]
 
@@ -66,16 +67,22 @@ class ChangedFiles:
 class ChangedQuestion:
     """Asks for the files of the volume `uuid` that changed within the last `age_ms`.
 
-    None: since the present epoch began. `asked_ms` tells one question from the next.
+    None: since the present epoch began. `since_ns`: or since then, by the clock of who is asked, if
+    that is earlier: a clock that was set forward makes all files older. `asked_ms` tells one
+    question from the next.
     """
 
     uuid: str
     age_ms: int | None
     asked_ms: int
+    since_ns: int = 0
 
     def to_json(self) -> Document:
         """What JSON can carry."""
-        return {"uuid": self.uuid, "age_ms": self.age_ms, "asked_ms": self.asked_ms}
+        return {
+            "uuid": self.uuid, "age_ms": self.age_ms, "asked_ms": self.asked_ms,
+            "since_ns": self.since_ns,
+        }  # fmt: skip
 
     @classmethod
     def is_meant(cls, document: object) -> bool:
@@ -85,7 +92,7 @@ class ChangedQuestion:
     @classmethod
     def from_json(cls, document: object) -> Self:
         """Reads what `to_json` made. ChangedError for anything else."""
-        if not isinstance(document, dict) or document.keys() != {"uuid", "age_ms", "asked_ms"}:
+        if not isinstance(document, dict) or document.keys() != _QUESTION:
             raise ChangedError("not an object with a volume and an age")
         uuid, age_ms, asked_ms = document["uuid"], document["age_ms"], document["asked_ms"]
         if not isinstance(uuid, str) or len(uuid) > 64:
@@ -93,7 +100,10 @@ class ChangedQuestion:
         for number in (asked_ms, 0 if age_ms is None else age_ms):
             if type(number) is not int or not 0 <= number <= _LONGEST_MS:
                 raise ChangedError(f"{number!r:.40} is no time in milliseconds")
-        return cls(uuid, age_ms, asked_ms)
+        since_ns = document["since_ns"]
+        if type(since_ns) is not int or not 0 <= since_ns < 1 << 63:
+            raise ChangedError(f"{since_ns!r:.40} is no time in nanoseconds")
+        return cls(uuid, age_ms, asked_ms, since_ns)
 
 
 def answer(root_fd: int, question: ChangedQuestion) -> ChangedFiles:
@@ -103,7 +113,8 @@ def answer(root_fd: int, question: ChangedQuestion) -> ChangedFiles:
     """
     began_ns = os.stat(STAMP_NAME, dir_fd=root_fd, follow_symlinks=False).st_ctime_ns
     if question.age_ms is not None:
-        began_ns = max(began_ns, time.time_ns() - question.age_ms * 1_000_000)
+        then_ns = time.time_ns() - question.age_ms * 1_000_000
+        began_ns = max(began_ns, min(then_ns, question.since_ns))
     return changed_since(root_fd, began_ns)
 
 

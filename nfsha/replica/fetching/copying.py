@@ -47,9 +47,9 @@ class Copy:
     """The hash of the plan of deletions that the operator accepted for the next pass."""
     folders: tuple[bytes, ...] | None = None
     """What the last complete pass asked for; None: all of the volume."""
-    compared: tuple[Epoch, int] | None = None
-    """All that had changed in an epoch until then (by this node's clock, in milliseconds) was
-    compared by content."""
+    compared: tuple[Epoch, int, int] | None = None
+    """All that had changed in an epoch until then (by this node's clock, in milliseconds, and by
+    the source's wall clock, in nanoseconds) was compared by content."""
     brought: Mapping[bytes, int] = field(default_factory=dict)
     """The files that the last pass brought, and their sizes, as far as they were named."""
     spares: dict[bytes, int] = field(default_factory=dict)

@@ -50,7 +50,9 @@ class Verifying:
         """
         copy.state, copy.why = State.RUNNING, "asks the source which files changed"
         began_ms = self._desk.clocks.now_ms()
-        question = ChangedQuestion(copy.uuid, self._compared_ago_ms(copy, epoch), began_ms)
+        mark = self._desk.store.own.get(copy.uuid)
+        began_ns = 0 if mark is None else mark.started_ns
+        question = self._question(copy, epoch, began_ms)
         scratch = self._desk.scratch / f"{copy.uuid}-changed"
         await asyncio.to_thread(fresh_folder, scratch)
         changed = await self._desk.asking.ask_changed(
@@ -67,13 +69,14 @@ class Verifying:
         if changed.more or changed.names:
             await self.verify(copy, epoch, None if changed.more else changed.names)
         if copy.state is State.IDLE:
-            copy.compared = (epoch, began_ms)
+            copy.compared = (epoch, began_ms, began_ns)
 
-    def _compared_ago_ms(self, copy: Copy, epoch: Epoch) -> int | None:
-        """How long ago all that had changed was compared by content; None: not in this epoch."""
+    def _question(self, copy: Copy, epoch: Epoch, now_ms: int) -> ChangedQuestion:
+        """What changed since all was compared by content; in this epoch, if it never was."""
         if copy.compared is None or copy.compared[0] != epoch:
-            return None
-        return self._desk.clocks.now_ms() - copy.compared[1]
+            return ChangedQuestion(copy.uuid, None, now_ms)
+        _, then_ms, then_ns = copy.compared
+        return ChangedQuestion(copy.uuid, now_ms - then_ms, now_ms, then_ns)
 
     async def verify(self, copy: Copy, epoch: Epoch, names: Sequence[bytes] | None = None) -> None:
         """Compares contents; ordinary passes take turns with it. What differs is repaired.
@@ -111,7 +114,7 @@ class Verifying:
                 self._desk.store.note_verify, copy.uuid, copy.verified_ns
             )
             if outcome.all_equal:
-                copy.compared = (epoch, began_ms)
+                copy.compared = (epoch, began_ms, mark.started_ns)
         log.info("volume %s: verified: %s", here.name, outcome.sentence)
         copy.rest(State.IDLE, f"verified: {outcome.sentence}")
 
