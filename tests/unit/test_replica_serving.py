@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import pytest
 
 from nfsha.core.model import Epoch, Role
 from nfsha.replica.source import serving
+from nfsha.replica.source.fresh import Coalesced
 from nfsha.replica.source.serving import FACTS_NAME, Serving
+from nfsha.replica.volume import volumes
 from nfsha.replica.volume.facts import VolumeFacts
 from nfsha.replica.volume.inventory import Inventory
 
@@ -87,3 +90,45 @@ def test_a_disk_that_hangs_keeps_nothing_from_being_published(
 ) -> None:
     monkeypatch.setattr(serving, "SIZES_WITHIN_S", 0.01)
     assert published(tmp_path, hangs=True) == {COPIED: 900, EMPTY: 900}
+
+
+@pytest.mark.parametrize("hangs", ["", "disk", "journal"])
+def test_what_does_not_come_to_rest_is_named(monkeypatch: pytest.MonkeyPatch, hangs: str) -> None:
+    monkeypatch.setattr(serving, "REST_WITHIN_S", 0.5)
+    ended = threading.Event()
+
+    def sync(one: VolumeFacts) -> None:
+        if hangs == "disk" and one.identity == EMPTY:
+            ended.wait(10)
+
+    async def drain() -> None:
+        if hangs == "journal":
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(volumes, "sync", sync)
+
+    async def scene() -> str:
+        one = Serving(
+            Looked(hangs=False),
+            cast("Any", SimpleNamespace(public=Path("/nowhere"), fresh=None)),
+            Path("/nowhere"),
+            token=cast("Any", None),
+            clocks=cast("Any", SimpleNamespace(now_ms=lambda: 0, wall_ns=lambda: 1)),
+            max_changed_folders=10,
+            changed=lambda: None,
+        )
+        one._offered = {uuid: volume(uuid) for uuid in (COPIED, EMPTY)}
+        counted = SimpleNamespace(counters=SimpleNamespace(events=3))
+        one.journals = cast("Any", dict.fromkeys(one._offered, counted))
+        one._drains = {EMPTY: Coalesced(drain)}
+        try:
+            return await one.come_to_rest()
+        finally:
+            ended.set()
+
+    wanted = {
+        "": "",
+        "disk": "no rest within 0.5 s: volume b: what was written does not come to its disk",
+        "journal": "no rest within 0.5 s: volume b: its change journal does not answer",
+    }
+    assert asyncio.run(scene()) == wanted[hangs]

@@ -38,7 +38,7 @@ class Writable:
     def hung(self) -> dict[str, str]:
         """The volumes by name that have not answered yet, in time; each with a sentence."""
         return {
-            name: f"volume {name}: {_hangs(hung_s)}"
+            name: f"volume {name}: {_hangs()}"
             for name, hung_s in sorted(self._aside.hung().items())
             if hung_s >= WRITES_WITHIN_S
         }
@@ -47,17 +47,17 @@ class Writable:
         try:
             await self._aside.run(one.name, lambda: _write(one, durable), within_s=WRITES_WITHIN_S)
         except HangsError:
-            return f"volume {one.name}: {_hangs(self._aside.hung().get(one.name, 0.0))}"
+            return f"volume {one.name}: {_hangs()}"
         except (VolumeError, OSError) as error:
             words = getattr(error, "strerror", None) or str(error)
             return f"volume {one.name}: nothing can be written to {one.path}: {words}"
         return ""
 
 
-def _hangs(hung_s: float) -> str:
+def _hangs() -> str:
     return (
-        f"a write to it has hung for {hung_s:.0f} s: its filesystem is frozen (fsfreeze, a "
-        "snapshot), or its disk is dead; the kernel's log may say more"
+        f"a write to it has not come back within {WRITES_WITHIN_S:g} s: its filesystem is frozen "
+        "(fsfreeze, a snapshot), or its disk is dead; the kernel's log may say more"
     )
 
 
