@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 HAND_OVER_WITHIN_S = 40.0
 """So long a final stop may take to move the service away first: well below `TimeoutStopSec=`."""
 
+UNHURRIED_WITHIN_S = 10.0
+"""So long a final stop waits for a handover that was begun without haste, and holds nobody yet: it
+may be at a walk of minutes. Then it is ended, and one in haste begins."""
+
 POLL_S = 0.02
 
 LEAVE_WITHIN_S = 3.0
@@ -211,13 +215,13 @@ class Shell:
             await self._end_move(engine, "restarted")
         await self._served_again()
 
-    async def _end_move(self, engine: Engine, word: str) -> None:
+    async def _end_move(self, engine: Engine, word: str, *, anew: bool = False) -> None:
         """Ends a handover because this daemon is about to go, and says so on both nodes."""
         node = self.world.settings.name
-        await self.moves.ending(
-            f"nfsha was {word} on {node}; nothing has moved: repeat the command when nfsha is back "
-            "there"
-        )
+        then = "nothing has moved: repeat the command when nfsha is back there"
+        if anew:
+            then = "this move took too long for that, and the next one, in haste, has begun"
+        await self.moves.ending(f"nfsha was {word} on {node}; {then}")
         reply = await self.command(CommandKind.ABORT)
         log.warning("ends the handover that is under way: %s (%s)", reply.why, reply.row)
         if not reply.accepted:
@@ -239,9 +243,7 @@ class Shell:
             return
         asked_ms = self.world.clock_ms()
         self.world.replication.hurry()
-        if handover.under_way(engine.state, asked_ms):
-            log.info("waits for the handover that is under way before it stops")
-        else:
+        if not await self._is_joined(engine):
             reply = await self.command(CommandKind.HANDOVER, to=engine.state.me.other)
             if not reply.accepted:
                 log.warning("stops without handing over first: %s (%s)", reply.why, reply.row)
@@ -254,6 +256,24 @@ class Shell:
             log.warning("stops without having handed over: the other node did not begin")
         elif not ended.done:
             log.warning("stops without having handed over: %s", ended.why)
+
+    async def _is_joined(self, engine: Engine) -> bool:
+        """Whether the stop can wait for a handover that was begun before.
+
+        One that holds nobody yet, and does not come to it soon, is ended.
+        """
+
+        def stays() -> bool:
+            under_way = handover.under_way(engine.state, self.world.clock_ms())
+            return engine.state.phase is not Phase.ACTIVE or not under_way
+
+        if not handover.under_way(engine.state, self.world.clock_ms()):
+            return False
+        log.info("waits for the handover that is under way before it stops")
+        if await self._within(stays, UNHURRIED_WITHIN_S):
+            return True
+        await self._end_move(engine, "stopped", anew=True)
+        return False
 
     async def _await_handover(self, engine: Engine, word: str) -> None:
         """Waits for the end of the handover; aborts it when its time is over."""

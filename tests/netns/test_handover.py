@@ -263,6 +263,33 @@ def test_a_final_stop_waits_for_the_handover_that_is_under_way(lab: Lab) -> None
     assert set(found.acked) <= set(copies.lab.read_records())
 
 
+@pytest.mark.slow
+def test_a_final_stop_ends_a_handover_that_takes_its_time_and_begins_one_in_haste(
+    lab: Lab,
+) -> None:
+    copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
+    copies.settle_whole()
+    records = copies.lab.write_records()
+    records.wait_acked(20)
+    first = Moving(copies, "b", "switchover")
+    copies.wait_phase("b", "PRESYNC", within_s=10)
+    with hanging(copies, "a"):  # as a walk that takes minutes
+        stopped_ms = copies.now_ms()
+        copies.daemon("a").signal(signal.SIGTERM)
+        copies.wait(lambda: "waits for the handover" in copies.log("a"), "a stop that waits")
+        copies.wait(lambda: "hands over before it stops" in copies.log("a"), "haste", 30)
+    assert copies.wait_phase("b", "ACTIVE", since_ms=stopped_ms, within_s=20).row == "X20"
+    assert copies.daemon("a").wait(20) == 0
+    first.join(MOVE_S)  # it ends with the first move, or sees the next one and is content
+    assert "in haste, has begun" in copies.log("b")
+    assert "the other node is about to stop" in copies.log("b")
+    records.wait_acked(20)
+    found = records.stop()
+    assert_held_not_failed(found, moves=1)
+    assert set(found.acked) <= set(copies.lab.read_records())
+    assert_one_at_a_time(copies, moves=1)
+
+
 def test_a_stop_that_cannot_hand_over_says_why_and_releases(lab: Lab) -> None:
     copies = Copies(lab, sync=SYNC, env={"NFSHA_STOP_REASON": "stop"})
     copies.settle_whole()
