@@ -194,6 +194,16 @@ def test_volumes_that_cannot_take_over(here: VolumeFacts, there: VolumeFacts, wo
     assert words in found["volumes"]
 
 
+def test_what_can_be_no_volume_is_not_to_be_mounted_on_the_other_node_too() -> None:
+    alone = volume(refused="fuse is a program's filesystem", identity=None)
+    assert [*pair(alone, None, "unpaired-here").obstacles()] == [
+        "volume data has no copy: what is mounted here cannot be one: fuse is a program's "
+        "filesystem; unmount it, or mount it elsewhere than below nfs.root"
+    ]
+    (words,) = pair(volume(), None, "unpaired-here").obstacles()
+    assert "it is not mounted there: mount it" in words
+
+
 def test_a_larger_or_older_copy_is_none_of_them() -> None:
     older = volume(size_bytes=1 << 31, stamp=replace(EPOCH, number=EPOCH.number - 1))
     assert failing(with_pair(view(), volume(), older)) == {}

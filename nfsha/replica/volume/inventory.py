@@ -40,6 +40,12 @@ class Pair:
 
     def _why_alone(self) -> str:
         for where, one in (("here", self.here), ("there", self.there)):
+            if one is not None and one.refused:
+                return (
+                    f"what is mounted {where} cannot be one: {one.refused}; unmount it, or mount "
+                    "it elsewhere than below nfs.root"
+                )
+        for where, one in (("here", self.here), ("there", self.there)):
             if one is None:
                 return f"it is not mounted {where}: mount it, and see `nfsha volumes`"
         for where, one in (("here", self.here), ("there", self.there)):
