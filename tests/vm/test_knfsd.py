@@ -188,7 +188,7 @@ def test_a_server_that_started_anew_waits_for_its_clients(machine: Machine) -> N
     assert "v4_end_grace" in refused.found
     back = machine.at("back")
     assert "Linux NFSv4.2 server" in {one.name for one in back.facts.v4.clients}
-    assert not back.facts.v4.recovering
+    assert not guard(V4_CLIENTS, back).ok
 
 
 def test_once_they_have_unmounted_the_move_is_free(machine: Machine) -> None:

@@ -46,13 +46,14 @@ def run(
     images = [_disk(folder / name, files) for name, files in disks.items()]
     with console.open("wb") as log, _machine(_argv(program, folder, images), limit_s, log) as guest:
         code = guest.wait()
-    if code != 0:
+    told = list(results.glob("*.json"))
+    if code != 0 or not told:
         # The end of the first process is a panic, whose many words say nothing more.
         said = console.read_text(errors="replace").partition("Kernel panic")[0]
         lines = said.splitlines()[-_LOG_LINES_SHOWN:]
         what = f"{program} was not done within {limit_s} s, or failed: exit {code}; its console:"
         raise UmlError("\n".join([what, *lines]))
-    return {file.stem: json.loads(file.read_text()) for file in results.glob("*.json")}
+    return {file.stem: json.loads(file.read_text()) for file in told}
 
 
 def _disk(image: Path, files: Mapping[str, str]) -> Path:
