@@ -99,6 +99,8 @@ def _stall(stall: Facts) -> str:
         text += f", which cross over at the {size(rate)}/s that the last large pass reached"
     elif writes:
         text += " (no pass was large enough to measure how fast that crosses over)"
+    if stall["large_bytes"]:
+        text += f"; large files of {size(stall['large_bytes'])} change, and are read as a whole"
     if stall["unmeasured"]:
         text += (
             f"; {count(stall['unmeasured'], 'volume')} could not be measured before all of it "

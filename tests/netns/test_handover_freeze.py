@@ -116,6 +116,8 @@ def test_a_file_too_large_for_the_stall_is_named_before_clients_are_held(
     lab.b.nfsha("sync", "--wait", timeout_s=60)
     records = lab.write_records(path="/large", first=(1 << 30) // RECORD_BYTES, cap_s=60)
     records.wait_acked(10)
+    ahead = lab.a.nfsha("switchover", "--dry-run", timeout_s=60).stdout
+    assert "large files of 1.1 GB change" in " ".join(ahead.split())
     since_ms = copies.now_ms()
     code, told = move(copies, "a", "switchover", check=False)
     assert code == 4, told

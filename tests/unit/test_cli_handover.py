@@ -35,7 +35,7 @@ NUMBERS: Facts = {
     "sum": {"volumes": 2, "unknown": 1, "copy_files": 3, "copy_bytes": 306_000, "deletions": 1,
             "quarantine": 12},
     "stall": {"ms": 640, "pass_ms": 120, "writes_bytes_s": 2_000_000, "rate_bytes_s": 84_000_000,
-              "unmeasured": 1},
+              "unmeasured": 1, "large_bytes": 2_100_000_000},
     "took_ms": 300,
 }  # fmt: skip
 CLIENTS: Facts = {
@@ -126,6 +126,7 @@ def test_a_dry_run_shows_the_numbers_and_moves_nothing(daemon: Daemon, capsys: S
         "3 files to copy (306 kB), 1 to delete, 12 files to quarantine in 2 volumes",
         "1 volume not known", "all was walked: resync", "to quarantine: only-here",
         "and 10 more to quarantine", "not known: its disk hangs", "about 640 ms", "84 MB/s",
+        "large files of 2.1 GB change, and are read as a whole",
         "3 connections of 2 clients: 10.0.0.5 (2), 10.0.0.6 (1)", "0123456789ab",
     ):  # fmt: skip
         assert words in " ".join(out.split()), words

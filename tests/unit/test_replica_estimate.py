@@ -14,6 +14,7 @@ from nfsha.replica.fetching import estimate
 from nfsha.replica.fetching.estimate import (
     FIRST_NAMES,
     FREEZE_MS,
+    LARGE_BYTES_S,
     MAX_NAMES,
     MAX_VOLUMES_TOLD,
     QUICK_MS,
@@ -46,7 +47,7 @@ def test_the_stall_of_quiet_volumes_is_the_freeze_and_two_lists() -> None:
     found = stall(quiet, {}, rate_bytes_s=None, parallel=2, now_ns=NOW_NS)
     assert found == {
         "ms": FREEZE_MS + TURNS * 100, "pass_ms": 100, "writes_bytes_s": 0, "rate_bytes_s": None,
-        "unmeasured": 0,
+        "unmeasured": 0, "large_bytes": 0,
     }  # fmt: skip
 
 
@@ -58,6 +59,17 @@ def test_what_clients_write_meanwhile_crosses_over_at_the_measured_rate() -> Non
     )  # fmt: skip
     assert found["writes_bytes_s"] == 5_000_000
     assert found["ms"] == FREEZE_MS + TURNS * 1500
+
+
+def test_a_large_file_that_changes_is_read_as_a_whole_by_the_last_pass_and_by_the_proof() -> None:
+    large = 2 * LARGE_BYTES_S
+    look = Ahead("u", walk="folders", took_ms=900, copy_bytes=large + 10**7, large_bytes=large)
+    found = stall(
+        made(look, Ahead("v", walk="full", large_bytes=large)), {"u": mark(10)},
+        rate_bytes_s=10_000_000, parallel=2, now_ns=NOW_NS,
+    )  # fmt: skip
+    assert (found["large_bytes"], found["writes_bytes_s"]) == (large, 1_000_000)
+    assert found["ms"] == FREEZE_MS + TURNS * (1000 + 100 + 2000)
 
 
 def test_many_volumes_share_the_lanes_and_what_is_walked_whole_is_not_measured() -> None:

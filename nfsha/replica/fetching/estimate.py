@@ -40,6 +40,10 @@ QUICK_MS: Final = 130
 TURNS: Final = 2
 """The last pass, and its proof: each looks at the same folders."""
 
+LARGE_BYTES_S: Final = 1_400_000_000
+"""So much of a large file that changes is read in a second, by the last pass as by the proof, where
+both nodes have it in memory (docs/failback.md). From a disk it takes longer."""
+
 Facts = dict[str, Any]
 
 SHAPE: Final[Facts] = {
@@ -75,6 +79,7 @@ SHAPE: Final[Facts] = {
         "writes_bytes_s": int,
         "rate_bytes_s": (int, None),
         "unmeasured": int,
+        "large_bytes": int,
     },
     "took_ms": int,
 }
@@ -90,6 +95,7 @@ class Ahead:
     `held`: why the deletions would wait for an operator, with the hash of their `plan`; else "".
     `quarantine` files would be put aside; `names` are the first of them. `lacking`: what room that
     misses. `note`: what is not known. `trouble`: why nothing is known; then all else is empty.
+    `large_bytes` of `copy_bytes` are in large files.
     """
 
     uuid: str
@@ -106,6 +112,7 @@ class Ahead:
     lacking: str = ""
     note: str = ""
     trouble: str = ""
+    large_bytes: int = 0
 
 
 def of_volume(uuid: str, walk: str, why_full: str, planned: Planned, *, keeps: bool) -> Ahead:
@@ -123,6 +130,7 @@ def of_volume(uuid: str, walk: str, why_full: str, planned: Planned, *, keeps: b
         names=planned.names if keeps else (),
         lacking=planned.lacking,
         trouble=planned.trouble,
+        large_bytes=planned.large_bytes,
     )
 
 
@@ -282,9 +290,9 @@ def stall(
     The last pass and its proof fetch one list each, and look at the folders that change while such
     a pass runs: what both take was measured just now. What clients write meanwhile crosses over at
     `rate_bytes_s`, the measured rate of a pass (None: none was measured); they are taken to write
-    as they have since the last complete pass.
+    as they have since the last complete pass. A large file that changes is read as a whole.
     """
-    looks_ms, longest_ms, unmeasured = 0, 0, 0
+    looks_ms, longest_ms, unmeasured, large_bytes = 0, 0, 0, 0
     writes_bytes_s = 0.0
     for one in estimate.found.values():
         mark = marks.get(one.uuid)
@@ -292,7 +300,9 @@ def stall(
             continue
         look_ms = one.took_ms
         if one.walk == "folders" and mark is not None:
-            writes_bytes_s += one.copy_bytes * 1000 / max(1000, mark.age_ms(now_ns))
+            written = one.copy_bytes - one.large_bytes
+            writes_bytes_s += written * 1000 / max(1000, mark.age_ms(now_ns))
+            large_bytes += one.large_bytes
         else:
             unmeasured += 1
             look_ms = QUICK_MS
@@ -301,9 +311,10 @@ def stall(
     pass_ms = estimate.listing_ms + max(longest_ms, looks_ms // parallel)
     cross_ms = round(writes_bytes_s * pass_ms / rate_bytes_s) if rate_bytes_s else 0
     return {
-        "ms": FREEZE_MS + TURNS * (pass_ms + cross_ms),
+        "ms": FREEZE_MS + TURNS * (pass_ms + cross_ms + large_bytes * 1000 // LARGE_BYTES_S),
         "pass_ms": pass_ms,
         "writes_bytes_s": round(writes_bytes_s),
         "rate_bytes_s": rate_bytes_s,
         "unmeasured": unmeasured,
+        "large_bytes": large_bytes,
     }

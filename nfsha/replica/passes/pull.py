@@ -138,6 +138,9 @@ class Pull:
             lacking=await asyncio.to_thread(self._lacking, run.stats),
             differ=reader.items,
             first=reader.first,
+            large_bytes=sum(
+                map(reader.wanted_bytes.__getitem__, spares.large(reader.wanted_bytes))
+            ),
         )
 
     async def end(self, within_s: float = END_WITHIN_S, *, at_once: bool = False) -> None:

@@ -86,6 +86,7 @@ class Planned:
     `held`: why `plan` would have to wait. `names`: the first of what would be replaced or deleted.
     `lacking`: what room a resync misses here. `trouble`: why nothing is known. `differ`: how many
     things the pass would copy, delete or set right in whatever way; `first` is the name of one.
+    `large_bytes`: the sizes of the large files (as a spare is for) among what would be copied.
     """
 
     copy_files: int = 0
@@ -98,4 +99,5 @@ class Planned:
     lacking: str = ""
     trouble: str = ""
     differ: int = 0
+    large_bytes: int = 0
     first: bytes = b""
