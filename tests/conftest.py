@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -107,16 +107,16 @@ def _held(file: Path, how: int) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _one_clock(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Who steps this machine's clock waits until no other test runs, and holds the next ones back.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Who must be alone (marker) waits until no other test runs, and holds the next ones back.
 
-    The gate keeps a stream of short tests from holding it off.
+    From before its first fixture, of whatever scope, to after its last one, and outside its time
+    limit. The gate keeps a stream of short tests from holding it off.
     """
-    gate, clock = (Path(os.environ[_LOCKS]) / name for name in ("gate", "clock"))
-    alone = request.node.get_closest_marker("steps_clock") is not None
+    gate, run = (Path(os.environ[_LOCKS]) / name for name in ("gate", "run"))
+    how = fcntl.LOCK_SH if item.get_closest_marker("alone") is None else fcntl.LOCK_EX
     with ExitStack() as stack:
-        how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
         with _held(gate, how):
-            stack.enter_context(_held(clock, how))
-        yield
+            stack.enter_context(_held(run, how))
+        return (yield)

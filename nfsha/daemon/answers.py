@@ -107,9 +107,10 @@ class Answers:
             if not answer["ok"]:
                 moves.goes_on()
             return answer
-        if command == "reports":
-            return {"reports": moves.reports()}
-        if command == "report":
+        if command in ("reports", "report"):
+            await moves.known()
+            if command == "reports":
+                return {"reports": moves.reports()}
             return {"report": moves.report(_text(args, "id"))}
         to = _role(args, "to")
         if command == "handover-plan":

@@ -95,12 +95,14 @@ class Moves:
         """A part whose end the giver has yet to explain, and how long that is waited for."""
         self._keeping: set[asyncio.Task[None]] = set()
         self._ended = False
+        self._known = asyncio.Event()
         self.last_why = ""
         """Why the last move that ended here ended; "" once one was done."""
 
     async def start(self) -> None:
         """Reads the reports of earlier lives; says the newest own part again."""
         await asyncio.to_thread(self.store.load)
+        self._known.set()
         node = self._world.settings.name
         for report in reversed(self.store.all()):
             own = [side for side in SIDES if report.get(side, {}).get("node") == node]
@@ -278,6 +280,10 @@ class Moves:
                 detail=f"nfsha events --report {number}",
             )
             log.info("%s (nfsha events --report %s)", said, number)
+
+    async def known(self) -> None:
+        """Waits until the reports of earlier lives are read: a daemon that just began has none."""
+        await self._known.wait()
 
     def reports(self) -> list[Facts]:
         """All reports as operators see them, oldest first, without the parts of each node."""

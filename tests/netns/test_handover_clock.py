@@ -12,7 +12,7 @@ BACK_S = 180.0
 """More than the slack with which changed files are looked for (changed_files.SLACK_NS)."""
 
 
-@pytest.mark.steps_clock
+@pytest.mark.alone
 @pytest.mark.timeout(120)
 def test_what_was_written_while_the_clock_was_behind_is_compared_by_content(lab: Lab) -> None:
     copies = Copies(lab)

@@ -508,7 +508,7 @@ def _wall_ahead_s() -> float:
     return (time.time_ns() - kernel.now_ns()) / 1e9
 
 
-@pytest.mark.steps_clock
+@pytest.mark.alone
 def test_wall_clock_stepped_and_put_right(lab: Lab) -> None:
     lab.a.add_vip()
     writer = lab.write_records(interval_ms=5)
@@ -526,7 +526,7 @@ def test_wall_clock_stepped_and_put_right(lab: Lab) -> None:
     assert times[-1] < lab.now_ns()
 
 
-@pytest.mark.steps_clock
+@pytest.mark.alone
 def test_wall_clock_is_put_right_when_its_owner_is_killed() -> None:
     right_s = _wall_ahead_s()
     script = (

@@ -680,6 +680,7 @@ def test_a_list_that_waits_for_something_is_published_each_time(
     assert watched.journal.still_true_ns() is None, "its notes are not up to date"
 
 
+@pytest.mark.alone  # a place that is made meanwhile has a copy of each mount, and keeps the volume
 def test_a_volume_that_was_unmounted_or_fails_is_not_at_rest(
     volume: LoopVolume, watch: Watch
 ) -> None:

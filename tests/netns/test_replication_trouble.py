@@ -249,7 +249,7 @@ def test_more_changed_folders_than_the_journal_holds_are_a_full_walk(lab: Lab) -
     assert copies.differences() == []
 
 
-@pytest.mark.steps_clock
+@pytest.mark.alone
 def test_a_source_clock_stepped_back_loses_nothing(copies: Copies) -> None:
     copies.settle_whole()
     (copies.here("a") / "before").write_text("before")

@@ -259,7 +259,7 @@ def test_a_full_disk_stops_no_service_and_is_told(pair: Pair) -> None:
     assert pair.moves("a", asked_ms) == []
 
 
-@pytest.mark.steps_clock
+@pytest.mark.alone
 def test_a_stepped_wall_clock_changes_nothing(pair: Pair) -> None:
     pair.settle()
     stepped_ms = pair.now_ms()
