@@ -240,6 +240,7 @@ class Moves:
             self._replication.say(REPORT, {"id": number, "side": side, "part": dict(part)})
 
     async def _kept(self, number: str, side: str, part: Mapping[str, Any]) -> None:
+        await self.known()  # else a part that is told early would take the place of both
         try:
             async with self._lock:
                 new = await asyncio.to_thread(self.store.put, number, side, part)

@@ -379,7 +379,8 @@ class Events:
         self.lines.append(line)
 
 
-def moves_in(folder: Path) -> tuple[Moves, Any]:
+def moves_in(folder: Path, *, read: bool = True) -> tuple[Moves, Any]:
+    """`read`: the reports of earlier lives are, and there were none."""
     tasks: list[Any] = []
     world = SimpleNamespace(
         settings=SimpleNamespace(paths=SimpleNamespace(state=folder), name="here"),
@@ -389,6 +390,8 @@ def moves_in(folder: Path) -> tuple[Moves, Any]:
     )
     moves = Moves(cast("Any", world), cast("Any", SimpleNamespace(watch=tasks.append)))
     world.tasks = tasks
+    if read:
+        moves._known.set()
     return moves, world
 
 
@@ -428,6 +431,25 @@ def test_both_parts_are_kept_and_logged_once_as_one(tmp_path: Path) -> None:
         "failback to the primary: done in 2.2 s, clients were held for 0.31 s"
     )
     assert lines[0]["detail"] == "nfsha events --report 8-0123abcd"
+
+
+def test_what_is_told_or_asked_before_the_reports_are_read_waits_for_them(tmp_path: Path) -> None:
+    async def scene() -> tuple[bool, Facts | None]:
+        before, world = moves_in(tmp_path)
+        before.heard({"report": {"id": "8-0123abcd", "side": "receiver", "part": RECEIVED}})
+        await asyncio.gather(*world.tasks)
+        moves, world = moves_in(tmp_path, read=False)
+        moves.heard({"report": {"id": "8-0123abcd", "side": "giver", "part": PART}})
+        waiting = [*world.tasks, asyncio.ensure_future(moves.known())]
+        early, _ = await asyncio.wait(waiting, timeout=0.05)
+        await moves.start()
+        await asyncio.gather(*waiting)
+        return bool(early), moves.report("8-0123abcd")
+
+    early, report = asyncio.run(scene())
+    assert not early
+    assert report is not None
+    assert report["whole"]
 
 
 @pytest.mark.parametrize(
