@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from nfsha.replica.journal.changes import (
     read_last,
     read_published,
 )
+from nfsha.replica.journal.handles import Tree
 from tests.netns.labkit import nfs_client
 from tests.netns.labkit.nfs_server import NfsServer, make_disks
 from tests.netns.labkit.place import Place
@@ -485,6 +486,65 @@ def write_by_handle(root: Path, name: str) -> int:
     return opened
 
 
+def move_during_a_search(
+    monkeypatch: pytest.MonkeyPatch, root: Path, name: str, *, times: int = 1
+) -> None:
+    """Moves a file from its folder to the root while a search is between them, and back after it.
+
+    A search reads the root before all other folders.
+    """
+    walk, left = Tree.walk, [times]
+    here, there = root / name, root / Path(name).name
+
+    def moving(tree: Tree, folder: bytes) -> Generator[tuple[bytes, os.DirEntry[str] | None]]:
+        for handle, entry in walk(tree, folder):
+            if entry is None and left[0] and here.exists() and tree.path_of(handle) == b"b":
+                left[0] -= 1
+                here.rename(there)
+            yield handle, entry
+        if left[0] and there.exists():
+            there.rename(here)  # unseen by this search, and the next one begins with the root
+
+    monkeypatch.setattr(Tree, "walk", moving)
+
+
+def test_a_name_moved_during_the_search_for_it(
+    volume: LoopVolume, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = volume.path
+    (root / "a").mkdir()
+    (root / "b").mkdir()
+    (root / "a/one").write_text("1")
+    os.link(root / "a/one", root / "b/two")
+    watched = watch(root)
+    (root / "a/one").write_text("22")
+    move_during_a_search(monkeypatch, root, "b/two")
+    assert watched.take() == {"a", "b", "."}
+    assert watched.journal.counters.searches == 1  # the events named the place
+    assert watched.walks() == {}
+
+
+@pytest.mark.parametrize(("times", "searches", "walks"), [(1, 2, {}), (3, 3, {"nameless": 1})])
+def test_a_file_known_by_its_handle_moved_during_the_search_for_it(
+    volume: LoopVolume,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    searches: int,
+    walks: dict[str, int],
+) -> None:
+    """It is searched for again, but not for ever."""
+    (volume.path / "b").mkdir()
+    (volume.path / "b/data").write_text("1")
+    watched = watch(volume.path)
+    os.close(write_by_handle(volume.path, "b/data"))
+    move_during_a_search(monkeypatch, volume.path, "b/data", times=times)
+    folders, _ = watched.look()
+    assert (folders is None) == bool(walks)
+    assert watched.journal.counters.searches == searches
+    assert watched.walks() == walks
+
+
 def test_a_file_written_by_its_handle_is_found(volume: LoopVolume, watch: Watch) -> None:
     (volume.path / "a/b").mkdir(parents=True)
     (volume.path / "a/b/data").write_text("1")
@@ -780,6 +840,34 @@ def test_a_failing_filesystem_is_not_vouched_for(
     watched.done()
     (volume.path / "c/two").write_text("3")
     assert watched.take() == {"c"}
+
+
+def test_a_gone_file_whose_inode_is_being_given_away_is_gone(volume: LoopVolume) -> None:
+    """ext4 says now and then that there is no memory: in one of six calls, here."""
+    program = """
+import os
+print(flush=True)
+while True:
+    os.close(os.open("x", os.O_CREAT))
+    os.unlink("x")
+"""
+    root_fd = os.open(volume.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        (volume.path / "x").write_text("1")
+        handle, _ = fanotify.handle_of(root_fd, b"x")
+        (volume.path / "x").unlink()
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(command, cwd=volume.path, stdout=subprocess.PIPE) as writer:
+            try:
+                assert writer.stdout is not None
+                writer.stdout.readline()
+                for _ in range(1000):
+                    with pytest.raises(OSError, match="Stale file handle"):
+                        os.close(fanotify.open_handle(root_fd, handle))
+            finally:
+                writer.kill()
+    finally:
+        os.close(root_fd)
 
 
 def test_a_filesystem_that_was_shut_down_stays_away(volume: LoopVolume, watch: Watch) -> None:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import struct
 import termios
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,8 @@ _INFO_HANDLE = 12
 _INFO_BYTES = 20
 _HANDLE_HEADER = struct.Struct("=Ii")
 
+_CREATING_S = 1.0
+_ASK_AGAIN_S = 0.001
 _GROUPS_MAX = Path("/proc/sys/fs/fanotify/max_user_groups")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fanotify_init.argtypes = [ctypes.c_uint, ctypes.c_uint]
@@ -244,8 +247,19 @@ def open_handle(mount_fd: int, handle: bytes, flags: int = os.O_PATH) -> int:
     """Opens what a handle names on the filesystem of `mount_fd` (an open folder, not O_PATH).
 
     OSError: ESTALE when it is gone, EPERM without CAP_DAC_READ_SEARCH.
+
+    Linux says ENOMEM, too, on ext4, for a file that is gone and whose inode number is just being
+    given to a new one (`iget_locked` finds an inode in I_CREATING). That lasts for a moment, so it
+    is asked again for `_CREATING_S` at most.
     """
-    return _checked(_libc.open_by_handle_at(mount_fd, handle, flags | os.O_CLOEXEC))
+    until = time.monotonic() + _CREATING_S
+    while True:
+        try:
+            return _checked(_libc.open_by_handle_at(mount_fd, handle, flags | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.ENOMEM or time.monotonic() > until:
+                raise
+        time.sleep(_ASK_AGAIN_S)
 
 
 def _checked(result: int) -> int:

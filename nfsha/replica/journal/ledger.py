@@ -27,6 +27,7 @@ MAX_WANTED = 10_000
 
 _MAX_NAMES = 64  # of one file
 _MAX_KNOWN = 10_000  # files whose names are remembered
+_MAX_SEARCHES = 3  # for one list
 _MAX_MOVED = 10_000  # folders moved between two lists
 _MAX_SETTLE_MS = 30_000
 _PAUSE_EVERY_ENTRIES = 20_000  # the kernel's queue goes on filling while a search runs
@@ -116,10 +117,11 @@ class _Look:
                 if self._left <= 0:
                     raise _TooMuchError(f"more than {self._entries} entries")
                 if self._left % _PAUSE_EVERY_ENTRIES == 0:
-                    self._breathe()
+                    self.breathe()
                 yield item
 
-    def _breathe(self) -> None:
+    def breathe(self) -> None:
+        """Lets events be taken; _TooMuchError when the time is over."""
         if self._clock_ms() > self._until_ms:
             raise _TooMuchError(f"it takes longer than {_MAX_SETTLE_MS // 1000} s")
         self._pause()
@@ -360,21 +362,36 @@ class Ledger:
     def _search(self, tree: Tree, missing: dict[int, _Wanted], look: _Look) -> None:
         """Looks for the names of files by their inode numbers in all folders of the volume.
 
-        This reads folders and not one inode, so it is far cheaper than a full walk by rsync.
+        This reads folders and not one inode, so it is far cheaper than a full walk by rsync. A name
+        that is moved meanwhile may be seen at neither place: then the events of that tell it, or
+        another search does.
         """
-        self.counters.searches += 1
-        try:
-            for folder, entry in look.through(tree, tree.root_handle):
-                if entry is not None and entry.inode() in missing:
-                    place = Place(folder, os.fsencode(entry.name))
-                    missing[entry.inode()].places.add(place)
-        except _TooMuchError as error:
-            self._give_up(missing, f": {error}")
-            return
-        self.seq += 1
-        lost = {inode: one for inode, one in missing.items() if not self._found(tree, inode, one)}
-        if lost:
-            self._give_up(lost, "")
+        for _ in range(_MAX_SEARCHES):
+            events = self.counters.events
+            self.counters.searches += 1
+            try:
+                for folder, entry in look.through(tree, tree.root_handle):
+                    if entry is not None and entry.inode() in missing:
+                        place = Place(folder, os.fsencode(entry.name))
+                        missing[entry.inode()].places.add(place)
+                look.breathe()
+            except _TooMuchError as error:
+                self._give_up(missing, f": {error}")
+                return
+            self.seq += 1
+            missing = {inode: one for inode, one in missing.items() if self._lost(tree, inode, one)}
+            if not missing:
+                return
+            if self.counters.events == events:
+                break  # nothing moved: another search would see the same
+        self._give_up(missing, "")
+
+    def _lost(self, tree: Tree, inode: int, wanted: _Wanted) -> bool:
+        """Whether names of a file are unknown also with those that events told meanwhile."""
+        told = self._wanted.get(inode)
+        if told is not None:
+            wanted.places.update(told.places)
+        return not self._found(tree, inode, wanted)
 
     def _give_up(self, missing: dict[int, _Wanted], why: str) -> None:
         if all(wanted.places for wanted in missing.values()):
