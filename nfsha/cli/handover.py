@@ -94,7 +94,8 @@ def _approved(args: argparse.Namespace, path: Path, to: Role) -> str | Answer:
     if args.plan is not None and not args.dry_run:
         return str(args.plan)
     plan = dict(client.ask(path, "handover-plan", {"to": str(to)}))
-    if args.dry_run or (plan["ok"] and not args.yes):
+    wanted = not args.yes or plan["resync"]  # is there room for what is put aside?
+    if args.dry_run or (plan["ok"] and wanted):
         plan = _with_numbers(path, to, args)
     text = render_handover.plan(plan)
     if not plan["ok"]:

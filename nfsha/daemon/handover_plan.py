@@ -93,7 +93,11 @@ class Plans:
         await self._answers.look(young_ms=young_ms)
 
     def plan(self, to: Role, numbers: Facts | None = None) -> Facts:
-        """All guards, with the id of the plan; with the numbers what they forbid, too."""
+        """All guards, with the id of the plan; with the numbers what they forbid, too.
+
+        `resync` names the volumes whose files may go to quarantine: only the numbers tell whether
+        there is room for that.
+        """
         plan = self._answers.plan(to)
         guards = [*plan["guards"], *self._deletions(to, numbers), *_room(numbers)]
         basis = self._basis(to, guards)
@@ -102,7 +106,8 @@ class Plans:
         self._shown.move_to_end(number)
         while len(self._shown) > REMEMBERED:
             self._shown.popitem(last=False)
-        return {**plan, "ok": all(one["ok"] for one in guards), "guards": guards, "plan": number}
+        ok = all(one["ok"] for one in guards)
+        return {**plan, "ok": ok, "guards": guards, "plan": number, "resync": basis["resync"]}
 
     def require(self, to: Role, approved: str) -> None:
         """Raises CommandError where a guard fails, or where the approved plan is not this one."""

@@ -193,8 +193,14 @@ def test_home_again_after_a_crash_and_what_was_never_replicated_is_kept(lab: Lab
     assert_one_at_a_time(copies, moves=2)
 
 
-def test_no_resync_without_room_for_what_it_keeps(make_lab: Callable[..., Lab]) -> None:
-    copies = Copies(make_lab(volume_mib=64), sync=SELDOM)
+@pytest.mark.parametrize(
+    ("resync", "refused"), [("automatic", {"copies"}), ("on-failback", {"room"})]
+)
+def test_no_resync_without_room_for_what_it_keeps(
+    make_lab: Callable[..., Lab], resync: str, refused: set[str]
+) -> None:
+    """By itself it is refused before it begins; and so is the move that would begin it."""
+    copies = Copies(make_lab(volume_mib=64), sync=f'{SELDOM}resync = "{resync}"\n')
     (copies.here("a") / "on both").write_text("else a resync would leave no file at all")
     copies.settle_whole()
     with (copies.here("a") / "mine").open("wb") as file:
@@ -210,12 +216,13 @@ def test_no_resync_without_room_for_what_it_keeps(make_lab: Callable[..., Lab]) 
     copies.lab.boot("a")
     copies.start("a")
     copies.wait_phase("a", "RETURNED", since_ms=since_ms)
-    copies.wait(lambda: "bytes are needed" in copies.copy("a")["why"], "a refusal for lack of room")
+    why = "bytes are needed" if resync == "automatic" else "`nfsha sync` begins the resync"
+    copies.wait(lambda: why in copies.copy("a")["why"], "a refusal")
     assert copies.copy("a")["state"] == "refused"
     assert (copies.here("a") / "mine").exists() and not (copies.here("a") / "new").exists()
     assert copies.phase("a") == "RETURNED"
     for node in ("a", "b"):
-        for how, failing in (("--dry-run", {"room", "copies"}), ("--yes", {"copies"})):
+        for how, failing in (("--dry-run", {"room"} | refused), ("--yes", refused)):
             before = standing(copies)
             found = Tried(before, ask(copies, how, on=node), standing(copies))
             found.assert_refused(failing)

@@ -22,7 +22,7 @@ from tests.unit.fake_daemon import Daemon, Facts, configure, said
 Said = pytest.CaptureFixture[str]
 
 PLAN: Facts = {
-    "to": "standby", "ok": True, "plan": "0123456789ab",
+    "to": "standby", "ok": True, "plan": "0123456789ab", "resync": [],
     "guards": [{"name": "journal", "ok": True, "found": "sound"}],
 }  # fmt: skip
 VOLUME: Facts = {
@@ -183,6 +183,19 @@ def test_yes_takes_the_present_plan_without_a_look_at_all_volumes(
     told = json.loads(said(capsys)[0])
     assert (told["ok"], told["held_s"], told["report"]["id"]) == (True, 0.31, "8-0123abcd")
     assert asked(daemon, "handover-numbers") == []
+
+
+def test_yes_looks_at_the_volumes_where_files_may_go_to_quarantine(
+    daemon: Daemon, capsys: Said
+) -> None:
+    """Whether there is room for them is known only then."""
+    resyncs = {**PLAN, "resync": ["data"]}
+    daemon.answers["handover-plan"] = resyncs
+    bad = {**resyncs, "ok": False, "guards": [{"name": "room", "ok": False, "found": "too small"}]}
+    daemon.stream = [{"done": True, "plan": bad, "numbers": NUMBERS, "why": ""}]
+    assert main(["failback", "--yes"]) == Exit.REFUSED
+    assert asked(daemon, "handover") == []
+    assert "NO  room  too small" in said(capsys)[1]
 
 
 def test_the_progress_names_pass_bytes_and_what_is_left(daemon: Daemon, capsys: Said) -> None:
