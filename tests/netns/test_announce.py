@@ -7,7 +7,7 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Interface
 
 import pytest
 
@@ -54,6 +54,12 @@ class Lan:
     def address(self, node: Namespace, v4: str, v6: str) -> None:
         node.ip("address", "add", v4, "dev", "e0")
         node.ip("address", "add", v6, "dev", "e0", "nodad")
+        # The kernel listens for questions about it a moment later, by a worker (30 ms were seen).
+        low = int(IPv6Interface(v6).ip) & 0xFFFFFF
+        asked_at = str(IPv6Address(int(IPv6Address("ff02::1:ff00:0")) | low))
+        deadline = time.monotonic() + 5
+        while asked_at not in node.ip("maddress", "show", "dev", "e0").split():
+            assert time.monotonic() < deadline, f"{v6} does not listen at {asked_at}"
 
     def hold(self, node: Namespace) -> None:
         self.address(node, f"{V4}/32", f"{V6}/128")
